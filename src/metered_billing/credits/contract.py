@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from metered_billing.charge import (
     MAX_AMOUNT,
+    MAX_ITEMS,
     AlreadyVoided,
     Declined,
     DeductAnswer,
@@ -32,9 +33,6 @@ from metered_billing.charge import (
     Voided,
 )
 from metered_billing.errors import TYPE_PREFIX
-
-MAX_ITEMS = 1_000
-"""How many failed items a refund names; what is refunded is the amount, whatever their number."""
 
 RETRIED = frozenset({408, 425, 429})
 """Answers that ask for patience."""

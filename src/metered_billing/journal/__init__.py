@@ -1,0 +1,148 @@
+"""The journal: charges that are not final yet, durable, so that whatever dies, somebody goes on.
+
+Here is what the biller asks of any journal, and how a record is written down. `sqlite.SqliteJournal` keeps
+one file a process in a directory.
+"""
+
+import json
+from collections.abc import Awaitable, Collection, Mapping
+from typing import Any, Protocol
+
+from metered_billing.charge import Account, Record, State
+
+
+class JournalError(Exception):
+    """The journal could not be opened, read or written."""
+
+
+class Journal(Protocol):
+    """Unsettled charges.
+
+    `open` and `write` queue their write at once, in the order of the calls, when they are called: what is
+    awaited is only how it went. Cancelling that takes nothing back.
+    """
+
+    @property
+    def owner(self) -> str:
+        """The name that this process writes under, since it took its place."""
+        ...
+
+    async def start(self) -> None:
+        """Take a place in it. May be called again, also after `close`.
+
+        Raises:
+            JournalError: It cannot be had; the text says what to do.
+        """
+        ...
+
+    def open(self, record: Record) -> Awaitable[None]:
+        """Put a new charge on record; done when it is synced to disk.
+
+        Raises:
+            JournalError: It is not on record, as far as is known.
+        """
+        ...
+
+    def write(self, before: Record, after: Record, *, durable: bool) -> Awaitable[bool]:
+        """Replace `before` by `after`, if its owner and state still are what they were.
+
+        Args:
+            durable: Done only when it is synced to disk. Otherwise a power loss may undo it.
+
+        Returns:
+            False where somebody else has moved it: nothing was written, and what is on record decides.
+
+        Raises:
+            JournalError: Not written, as far as is known.
+        """
+        ...
+
+    async def adopt(self, now: float) -> int:
+        """Take over what dead processes left, due at once. Returns how many charges that are not final."""
+        ...
+
+    async def due(self, now: float, *, besides: Collection[str], limit: int) -> list[Record]:
+        """This owner's charges that are not final and due by `now`, the longest due first.
+
+        Args:
+            besides: Ids to leave out: charges whose requests are running.
+        """
+        ...
+
+    async def next_due(self, now: float) -> float | None:
+        """When the next attempt after `now` is due, if one is."""
+        ...
+
+    async def unsettled(self, now: float) -> Mapping[str, tuple[int, float]]:
+        """By state that is not final: how many of this owner's, and the age of the oldest in seconds."""
+        ...
+
+    async def forget(self, closed_before: float, *, keep: int) -> int:
+        """Delete charges that became final before then, or before the latest `keep`; disputed ones stay.
+
+        Returns:
+            How many were deleted.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Finish what is queued and give the place up, so that others can adopt what is left."""
+        ...
+
+
+COLUMNS = frozenset({"id", "owner", "state", "tries", "due_at", "closed_at"})
+"""What stands in columns of its own, because it is searched for or compared; all else is the body."""
+
+
+def body_of(record: Record) -> str:
+    """A record's body as JSON; what is not set is left out."""
+    body: dict[str, Any] = {
+        "tenant_id": record.account.tenant_id,
+        "user_id": record.account.user_id,
+        "amount": record.amount_credits,
+        "units": record.units,
+        "opened_at": record.opened_at,
+        "request_id": record.request_id,
+        "metadata": record.metadata,
+        "transaction_id": record.transaction_id,
+        "refund": record.refund_credits,
+        "refund_items": record.refund_items,
+        "reason": record.reason,
+        "traceparent": record.traceparent,
+        "declined_at": record.declined_at,
+    }
+    return json.dumps({key: value for key, value in body.items() if value}, separators=(",", ":"))
+
+
+def record_of(
+    charge_id: str, body: str, *, owner: str, state: str, tries: int, due_at: float, closed_at: float | None
+) -> Record:
+    """The record whose body and columns these are.
+
+    Raises:
+        JournalError: They are not what this version writes.
+    """
+    try:
+        fields = json.loads(body)
+        return Record(
+            id=charge_id,
+            account=Account(fields["tenant_id"], fields.get("user_id")),
+            amount_credits=fields["amount"],
+            units=fields.get("units", 0),
+            state=State(state),
+            opened_at=fields["opened_at"],
+            request_id=fields.get("request_id"),
+            metadata=fields.get("metadata", {}),
+            transaction_id=fields.get("transaction_id"),
+            refund_credits=fields.get("refund", 0),
+            refund_items=tuple(fields.get("refund_items", ())),
+            reason=fields.get("reason"),
+            traceparent=fields.get("traceparent"),
+            owner=owner,
+            tries=tries,
+            due_at=due_at,
+            declined_at=fields.get("declined_at"),
+            closed_at=closed_at,
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise JournalError(f"charge {charge_id} cannot be read: {error!r}") from error

@@ -1,0 +1,339 @@
+"""The conductor: deducts before the route runs, puts its outcome on record, hands the rest to the settler.
+
+What a charge does next is for `charge.step` to say; here is when. The rule for every `await`: what follows
+from dying there is found in the journal by the next `recover`, and what follows from being cancelled there
+is handed to a task of the settler's, which the request's cancellation does not reach.
+"""
+
+import asyncio
+import contextlib
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from opentelemetry.trace import Span
+
+from metered_billing import telemetry as names
+from metered_billing.charge import (
+    Account,
+    Declined,
+    Deducted,
+    Event,
+    Lost,
+    NotSent,
+    Record,
+    Unknown,
+    step,
+)
+from metered_billing.credits import Credits
+from metered_billing.errors import BillingError, BillingMisconfigured, CreditsUnavailable, InsufficientCredits
+from metered_billing.journal import Journal, JournalError
+from metered_billing.outcomes import Paid, Said
+from metered_billing.runtime import Runtime
+from metered_billing.settler import FIRST_BACKOFF_S, RECOVER_EVERY_S, Settler
+from metered_billing.telemetry import Telemetry, traceparent_of
+
+
+class Charge:
+    """The charge of the request that is running: what `current_charge()` returns.
+
+    Attributes:
+        id: UUIDv7, the idempotency key of its deduction.
+        amount_credits: What was deducted, in whole credits; 0 where the request is free.
+    """
+
+    __slots__ = ("_account", "_closed", "_outcome", "_record", "_said", "_span", "_written", "amount_credits",
+                 "balance", "id", "paid")  # fmt: skip
+
+    def __init__(
+        self,
+        record: Record | None,
+        paid: Paid,
+        *,
+        charge_id: str,
+        account: Account | None,
+        balance: int | None = None,
+        span: Span | None = None,
+    ) -> None:
+        self.id = charge_id
+        self.paid = paid
+        self.balance = balance
+        self.amount_credits = 0 if record is None else record.amount_credits
+        self._account = account
+        self._record = record
+        self._said = Said(paid)
+        self._span = span
+        # The one write of its outcome, once it is under way, and the record as it is after it.
+        self._written: asyncio.Future[bool] | None = None
+        self._outcome: Record | None = None
+        self._closed = False
+
+    @property
+    def account(self) -> Account:
+        """Who pays.
+
+        Raises:
+            LookupError: Nobody: the request is free, and names no account.
+        """
+        if self._account is None:
+            raise LookupError("this request is free and names no account")
+        return self._account
+
+    @property
+    def transaction_id(self) -> str | None:
+        """The credits service's name for the deduction; None where the request is free."""
+        return None if self._record is None else self._record.transaction_id
+
+    def fail(self, item: str | None = None, *, units: int | None = None) -> None:
+        """Say that an item (of a mapping cost) or so many units (of a number) failed, and are to be refunded.
+
+        It adds to what the response reports.
+
+        Raises:
+            ValueError: No such item, or more units than were paid for.
+            TypeError: The other kind of cost.
+            RuntimeError: The response is complete: its outcome is on record.
+        """
+        if self._closed or self._written is not None:
+            raise RuntimeError("the response is complete: what failed can no longer be said")
+        self._said.fail(item, units=units)
+
+    @property
+    def said(self) -> Said:
+        """What the route has said so far."""
+        return self._said
+
+
+class Biller:
+    """Deducts, settles and recovers, for one middleware.
+
+    Args:
+        credits: Who moves the credits.
+        journal: Where unsettled charges are on record.
+        recover_every_s: How often the journal is looked through.
+    """
+
+    def __init__(
+        self,
+        credits: Credits,  # noqa: A002 - the field's word
+        journal: Journal,
+        *,
+        runtime: Runtime | None = None,
+        telemetry: Telemetry | None = None,
+        recover_every_s: float = RECOVER_EVERY_S,
+    ) -> None:
+        self._credits = credits
+        self._journal = journal
+        self._runtime = runtime or Runtime()
+        self._telemetry = telemetry or Telemetry()
+        self._settler = Settler(credits, journal, self._runtime, self._telemetry, recover_every_s)
+
+    async def start(self) -> None:
+        """Open the journal, and recover from now on, on this event loop. May be called again.
+
+        Raises:
+            JournalError: The journal cannot be had.
+        """
+        await self._settler.start()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Let requests and refunds under way come to their end, then stop, and close everything."""
+        await self._settler.drain(timeout_s)
+
+    async def recover(self) -> int:
+        """Look through the journal now, as recovery does by itself. Returns how many charges were tried."""
+        return await self._settler.recover()
+
+    # Serving a request.
+
+    async def deduct(
+        self,
+        account: Account,
+        paid: Paid,
+        *,
+        request_id: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Charge:
+        """Take the price of `paid` from the account, before the route runs.
+
+        Returns:
+            The charge, deducted and on record. Whoever gets it calls `conclude` or `finish`, then `release`.
+
+        Raises:
+            InsufficientCredits: The account holds too little; nothing moved.
+            CreditsUnavailable: No answer, or no journal: nothing moved, or it is being undone.
+            BillingMisconfigured: The service refused to understand; it is being undone.
+        """
+        now = self._runtime.now()
+        record = Record(
+            id=self._runtime.new_id(),
+            account=account,
+            amount_credits=paid.amount_credits,
+            units=paid.units,
+            opened_at=now,
+            request_id=request_id,
+            metadata=metadata or {},
+            owner=self._journal.owner,
+            due_at=now,
+        )
+        span = self._telemetry.charge_span(record)
+        self._telemetry.log(names.LOG_COST_COMPUTED, record, span=span, units=paid.units)
+        self._settler.attend(record)
+        try:
+            return await self._deduct(record, paid, span)
+        except BaseException as error:
+            if not isinstance(error, BillingError | asyncio.CancelledError):
+                self._settler.leave(record)  # a bug of ours: what is on record is recovered
+            span.set_attribute(names.OUTCOME, "not run")
+            span.set_attribute(names.ERROR_TYPE, type(error).__qualname__)
+            span.end()
+            raise
+
+    async def _deduct(self, record: Record, paid: Paid, span: Span) -> Charge:
+        with self._telemetry.operation(names.SPAN_DEDUCT, record, parent=span) as operation:
+            record = replace(record, traceparent=traceparent_of(operation.span))
+            try:
+                await self._journal.open(record)
+            except asyncio.CancelledError:
+                # The write may still land; nothing was sent, and nothing will be.
+                self._settler.spawn(
+                    record.id, self._settler.follow(record, NotSent("cancelled before it was sent"))
+                )
+                raise
+            except JournalError as error:
+                # It may be on record all the same: then recovery finds and voids it, which moves nothing.
+                self._settler.leave(record)
+                operation.failed("journal")
+                self._telemetry.log(names.LOG_JOURNAL_FAILED, record, exc_info=error)
+                raise CreditsUnavailable(1) from error
+            try:
+                answer = await self._credits.deduct(record)
+            except BaseException as error:
+                # Cancelled, or a bug in a backend: the request may be out already.
+                unknown = Unknown(f"{type(error).__name__} while it was under way")
+                self._settler.spawn(record.id, self._settler.follow(record, unknown))
+                if isinstance(error, Exception):
+                    self._telemetry.log(names.LOG_UNAVAILABLE, record, exc_info=error)
+                    raise CreditsUnavailable(1) from error
+                raise
+            after = step(record, answer, now=self._runtime.now())
+            if not isinstance(answer, Deducted):
+                operation.failed(type(answer).__name__.lower(), after.reason)
+                self._settler.spawn(record.id, self._settler.follow(record, answer))
+                raise self._refusal(after, answer)
+            operation.span.set_attribute(names.TRANSACTION_ID, answer.transaction_id)
+            try:
+                won = await self._journal.write(record, after, durable=False)
+            except asyncio.CancelledError:
+                # The write is in the queue already, so this one comes behind it.
+                self._settler.spawn(
+                    record.id, self._settler.follow(after, Lost("cancelled before the route ran"))
+                )
+                raise
+            except JournalError as error:
+                # On record it is still opened, so recovery voids it.
+                self._settler.leave(record)
+                operation.failed("journal")
+                self._telemetry.log(names.LOG_JOURNAL_FAILED, after, exc_info=error)
+                raise CreditsUnavailable(1) from error
+            if not won:
+                self._settler.leave(record)
+                operation.failed("ownership_lost")
+                self._telemetry.log(names.LOG_OWNERSHIP_LOST, after)
+                raise CreditsUnavailable(1)
+            self._telemetry.moved("deducted", after.amount_credits)
+            self._telemetry.log(names.LOG_DEDUCTED, after, balance=answer.balance)
+        return Charge(
+            after, paid, charge_id=after.id, account=after.account, balance=answer.balance, span=span
+        )
+
+    def _refusal(self, record: Record, answer: Declined | NotSent | Unknown) -> BillingError:
+        """What the client is told of an answer that is not yes."""
+        if isinstance(answer, Declined) and not answer.after_unknown:
+            self._telemetry.log(names.LOG_DECLINED, record, balance=answer.balance)
+            return InsufficientCredits(record.amount_credits, answer.balance)
+        self._telemetry.log(names.LOG_UNAVAILABLE, record, reason=record.reason)
+        if isinstance(answer, Unknown) and answer.misconfigured:
+            return BillingMisconfigured(f"the credits service refused the deduction: {answer.reason}")
+        wait_s = None if isinstance(answer, Declined) else answer.retry_after_s
+        return CreditsUnavailable(max(math.ceil(wait_s or FIRST_BACKOFF_S), 1))
+
+    def free(self, paid: Paid, account: Account | None) -> Charge:
+        """The charge of a request that costs nothing: nothing is journalled, sent or settled."""
+        return Charge(None, paid, charge_id=self._runtime.new_id(), account=account)
+
+    # Its outcome.
+
+    async def conclude(self, charge: Charge, event: Event) -> None:
+        """Put the charge's outcome on record, synced to disk; to be awaited before the last byte goes out.
+
+        Never raises but for a cancellation: trouble with the journal is loud, and not the client's. The
+        first outcome counts; further ones are ignored.
+        """
+        self._begin_outcome(charge, event)
+        if charge._written is not None:
+            # How it went is for `release` to look at; here it only has to be over.
+            with contextlib.suppress(Exception):
+                await asyncio.shield(charge._written)
+
+    def release(self, charge: Charge, event: Event) -> None:
+        """The response is over, one way or the other: settle in the background.
+
+        Args:
+            event: The outcome, in case that none was concluded.
+        """
+        if charge._closed:
+            return
+        self._begin_outcome(charge, event)
+        charge._closed = True
+        if charge._record is not None:
+            self._settler.spawn(charge.id, self._settle(charge, charge._record))
+
+    def _begin_outcome(self, charge: Charge, event: Event) -> None:
+        """Queue the one write of the outcome. From here on a cancellation cannot change it."""
+        record = charge._record
+        if record is None or charge._closed or charge._written is not None:
+            return
+        try:
+            after = step(record, event, now=self._runtime.now())
+            charge._written = asyncio.ensure_future(self._journal.write(record, after, durable=True))
+            charge._outcome = after
+        except Exception as error:
+            # A full queue, a closed journal, or a bug: the response goes out, and recovery refunds all.
+            self._telemetry.log(names.LOG_JOURNAL_FAILED, record, exc_info=error)
+
+    async def _settle(self, charge: Charge, record: Record) -> None:
+        after, written, span = charge._outcome, charge._written, charge._span
+        if after is None or written is None:
+            self._end(span, record, "journal")
+            return
+        try:
+            won = await asyncio.shield(written)
+        except Exception as error:
+            # On record it is still deducted: recovery refunds all, once the journal works again.
+            self._telemetry.log(names.LOG_JOURNAL_FAILED, record, span=span, exc_info=error)
+            self._end(span, record, "journal")
+            return
+        if not won:
+            self._telemetry.log(names.LOG_OWNERSHIP_LOST, record, span=span)
+            self._end(span, record, "ownership_lost")
+            return
+        self._end(span, after, str(after.state))
+        self._telemetry.moved("kept", after.kept_credits)
+        if after.final:
+            self._settler.say_final(after, span)
+            return
+        await self._settler.drive(after, span)
+
+    def _end(self, span: Span | None, record: Record, outcome: str) -> None:
+        if span is not None:
+            span.set_attributes(
+                {
+                    names.OUTCOME: outcome,
+                    names.KEPT: record.kept_credits,
+                    names.REFUNDED: record.refund_credits,
+                }
+            )
+            if record.transaction_id is not None:
+                span.set_attribute(names.TRANSACTION_ID, record.transaction_id)
+            span.end()

@@ -1,0 +1,454 @@
+"""Settling and recovering: what happens to a charge when no request waits for it any more.
+
+Refunds and voids go out in tasks of our own, which nobody's cancellation reaches. What gets no answer is
+written down with the time of its next attempt, and left to recovery: memory holds only what is in flight.
+Recovery looks through the journal at start and every few seconds; it cannot tell, and need not, whether a
+process died or a task was cancelled.
+"""
+
+import asyncio
+import contextlib
+import math
+import weakref
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import Any
+
+from opentelemetry.trace import Span
+
+from metered_billing import telemetry as names
+from metered_billing.charge import (
+    Declined,
+    Deducted,
+    Event,
+    Found,
+    Lost,
+    NotFound,
+    NotSent,
+    NoVoid,
+    Record,
+    Refunded,
+    Reported,
+    State,
+    Unanswered,
+    Unknown,
+    Unread,
+    Voided,
+    orphaned,
+    step,
+)
+from metered_billing.credits import Credits
+from metered_billing.journal import Journal, JournalError
+from metered_billing.runtime import Runtime
+from metered_billing.telemetry import Telemetry
+
+RECOVER_EVERY_S = 10.0
+FIRST_BACKOFF_S = 1.0
+MAX_BACKOFF_S = 300.0
+AT_ONCE = 8
+"""Refunds and voids that one round of recovery has under way at the same time."""
+
+ROUND = 200
+"""Charges that one round of recovery reads from the journal at a time: its memory is bounded by it."""
+
+LOOK_AGAIN_AFTER_S = 300.0
+"""Where there are no voids and declines are forgotten: how long a copy of a deduction may be under way."""
+
+KEEP_S = 7 * 86_400.0
+KEEP_AT_MOST = 100_000
+"""How long, and how many, final charges stay in the journal, for people to look at."""
+
+
+class _Loop:
+    """What belongs to one event loop: the tasks that settle, and the one that recovers."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.recovery: asyncio.Task[None] | None = None
+        self.recovering = 0
+        self._clock = clock
+        self._wake_at = math.inf
+        self._woken = asyncio.Event()
+
+    def wake_in(self, wait_s: float) -> None:
+        """Let recovery look again after so many seconds, if it would not do so earlier anyway."""
+        if self._clock() + wait_s < self._wake_at:
+            self._wake_at = self._clock() + wait_s
+            self._woken.set()
+
+    async def rest(self, at_most_s: float, at_least_s: float) -> None:
+        """Wait until recovery is to look again."""
+        earliest = self._clock() + at_least_s
+        self.wake_in(at_most_s)
+        while (wait_s := max(self._wake_at, earliest) - self._clock()) > 0:
+            self._woken.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._woken.wait()
+        self._wake_at = math.inf
+
+
+class Settler:
+    """Drives charges to their end, for one biller.
+
+    Args:
+        credits: Who moves the credits.
+        journal: Where unsettled charges are on record.
+        recover_every_s: How often the journal is looked through.
+    """
+
+    def __init__(
+        self,
+        credits: Credits,  # noqa: A002 - the field's word
+        journal: Journal,
+        runtime: Runtime,
+        telemetry: Telemetry,
+        recover_every_s: float = RECOVER_EVERY_S,
+    ) -> None:
+        self._credits = credits
+        self._journal = journal
+        self._runtime = runtime
+        self._telemetry = telemetry
+        self._recover_every_s = recover_every_s
+        # Charges that somebody here is seeing to, and on which loop; recovery leaves them alone.
+        self._live: dict[str, asyncio.AbstractEventLoop] = {}
+        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Loop] = weakref.WeakKeyDictionary()
+        _SETTLERS.add(self)
+
+    # Starting and stopping.
+
+    async def start(self) -> None:
+        """Open the journal, and recover from now on, on this event loop. May be called again.
+
+        Raises:
+            JournalError: The journal cannot be had.
+        """
+        loop = asyncio.get_running_loop()
+        if loop in self._loops:
+            return
+        await self._journal.start()
+        if loop in self._loops:  # a concurrent first request was faster
+            return
+        for other in [other for other in self._loops if other.is_closed()]:
+            del self._loops[other]
+        # What a closed loop was seeing to, nobody is.
+        for charge_id in [charge_id for charge_id, at in list(self._live.items()) if at.is_closed()]:
+            self._live.pop(charge_id, None)
+        here = self._loops[loop] = _Loop(self._runtime.monotonic)
+        here.recovery = loop.create_task(self._recover_for_ever(here), name="metered-billing recovery")
+
+    async def drain(self, timeout_s: float) -> None:
+        """Let requests and refunds under way come to their end, then stop, and close everything.
+
+        What is not settled by then stays in the journal, and is settled after the next start.
+        """
+        loop = asyncio.get_running_loop()
+        here = self._loops.get(loop)
+        if here is None:
+            return
+        if here.recovery is not None:
+            here.recovery.cancel()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while any(at is loop for at in self._live.values()):
+                    await self._runtime.sleep(0.01)
+        tasks = [task for task in (*here.tasks, here.recovery) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        del self._loops[loop]
+        await self._credits.aclose()
+        if not any(not other.is_closed() for other in self._loops):
+            await self._journal.close()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a refund or void is in flight on a loop that still runs."""
+        loops = list(self._loops.items())
+        return any(here.tasks or here.recovering for loop, here in loops if not loop.is_closed())
+
+    # Tasks.
+
+    def attend(self, record: Record) -> None:
+        """Somebody on this loop sees to the charge from now on: recovery must leave it alone."""
+        self._live[record.id] = asyncio.get_running_loop()
+
+    def leave(self, record: Record) -> None:
+        """Nobody here sees to the charge any more: recovery goes by what is on record."""
+        self._live.pop(record.id, None)
+
+    def spawn(self, charge_id: str, work: Coroutine[Any, Any, object]) -> None:
+        """Run `work` in a task of our own, which nobody's cancellation reaches but the drain's."""
+        loop = asyncio.get_running_loop()
+        here = self._loops.get(loop)
+        if here is None:
+            # Drained already: it stays in the journal.
+            work.close()
+            self._live.pop(charge_id, None)
+            return
+
+        async def run() -> None:
+            try:
+                await work
+            except JournalError as error:
+                self._telemetry.log(names.LOG_JOURNAL_FAILED, exc_info=error)
+            except Exception as error:
+                self._telemetry.log(names.LOG_DISPUTED, exc_info=error, charge_id=charge_id)
+            finally:
+                self._live.pop(charge_id, None)
+
+        task = loop.create_task(run(), name=f"metered-billing {charge_id}")
+        here.tasks.add(task)
+        task.add_done_callback(here.tasks.discard)
+
+    # Settling, in the background.
+
+    async def follow(self, record: Record, event: Event) -> None:
+        """Put an event on record, then do what is due."""
+        # An outcome has to be on disk before its refund goes out; all else may be found again.
+        after = step(record, event, now=self._runtime.now())
+        try:
+            won = await self._journal.write(
+                record, after, durable=isinstance(event, Lost | Reported | Unread)
+            )
+        except JournalError as error:
+            self._telemetry.log(names.LOG_JOURNAL_FAILED, record, exc_info=error)
+            return
+        if not won:
+            self._telemetry.log(names.LOG_OWNERSHIP_LOST, record)
+            return
+        if after.final:
+            self.say_final(after, None)
+        await self.drive(after, None)
+
+    async def drive(self, record: Record, span: Span | None) -> Unanswered | None:
+        """Do what is due until the charge is final, or has to wait: then say why.
+
+        Each step is on record before the next; the service's keys make a repeated one the same one.
+        """
+        while not record.final:
+            name = names.SPAN_REFUND if record.state is State.REFUNDING else names.SPAN_VOID
+            with self._telemetry.operation(name, record, parent=span, linked=True) as operation:
+                operation.span.set_attribute(names.TRIES, record.tries + 1)
+                answer = await self._ask(record)
+                if isinstance(answer, Unanswered):
+                    operation.failed("unanswered", answer.reason)
+                    await self._postpone(record, answer)
+                    return answer
+                after = step(record, answer, now=self._runtime.now())
+                if not await self._journal.write(record, after, durable=False):
+                    operation.failed("ownership_lost")
+                    self._telemetry.log(names.LOG_OWNERSHIP_LOST, record)
+                    return None
+                if after.state is State.DISPUTED:
+                    operation.failed("refused", after.reason)
+                self._say_moved(after, answer)
+            record = after
+        return None
+
+    async def _ask(self, record: Record) -> Event | Unanswered:
+        """Refund or void, whichever is due; where there are no voids, find out what happened."""
+        try:
+            if record.state is State.REFUNDING:
+                return await self._credits.refund(record)
+            answer = await self._credits.void(record)
+            if isinstance(answer, NoVoid):
+                return await self._undo_without_void(record)
+            return answer
+        except Exception as error:
+            # A bug in a backend must not lose the refund, nor stand in the way of others.
+            self._telemetry.log(names.LOG_UNAVAILABLE, record, exc_info=error)
+            return Unanswered(f"{type(error).__name__} in the credits backend")
+
+    async def _undo_without_void(self, record: Record) -> Event | Unanswered:
+        """Send the very same deduction again under its key: a transaction that comes back can be refunded.
+
+        A decline is the end of it where declines are remembered. Elsewhere a copy may still be under way:
+        look once more, without sending, when it cannot be any longer.
+        """
+        if record.declined_at is not None:
+            return await self._credits.find(record)
+        answer = await self._credits.deduct(record)
+        if isinstance(answer, Deducted):
+            return Found(answer.transaction_id)
+        if isinstance(answer, Declined) and not answer.after_unknown:
+            if self._credits.remembers_declines:
+                return NotFound()
+            return Unanswered(
+                "declined; looking again later", retry_after_s=LOOK_AGAIN_AFTER_S, declined=True
+            )
+        return Unanswered(answer.reason if isinstance(answer, NotSent | Unknown) else "declined, in doubt")
+
+    async def _postpone(self, record: Record, answer: Unanswered) -> None:
+        """Put on record when to try again; recovery does."""
+        now = self._runtime.now()
+        highest_s = min(FIRST_BACKOFF_S * 2 ** min(record.tries, 16), MAX_BACKOFF_S)
+        # Half of it is certain, so that a service that is down is not asked without pause.
+        wait_s = max(answer.retry_after_s or 0.0, highest_s * self._runtime.random.uniform(0.5, 1.0))
+        later = replace(
+            record,
+            tries=record.tries + 1,
+            due_at=now + wait_s,
+            declined_at=now if answer.declined else record.declined_at,
+        )
+        won = await self._journal.write(record, later, durable=False)
+        self._telemetry.log(
+            names.LOG_POSTPONED if won else names.LOG_OWNERSHIP_LOST,
+            record,
+            state=str(record.state),
+            reason=answer.reason,
+            tries=later.tries,
+            wait_s=round(wait_s, 1),
+        )
+        here = self._loops.get(asyncio.get_running_loop())
+        if here is not None:
+            here.wake_in(wait_s)
+
+    def _say_moved(self, after: Record, answer: Event) -> None:
+        if isinstance(answer, Refunded):
+            self._telemetry.moved("refunded", after.refund_credits)
+            self._telemetry.log(
+                names.LOG_REFUNDED,
+                after,
+                refunded=after.refund_credits,
+                items=list(after.refund_items[:20]),
+                reason=after.reason,
+                refund_id=answer.refund_id,
+            )
+        elif isinstance(answer, Voided):
+            self._telemetry.moved("voided", answer.refunded_credits)
+            self._telemetry.log(
+                names.LOG_VOIDED, after, refunded=answer.refunded_credits, reason=after.reason
+            )
+        if after.final:
+            self.say_final(after, None)
+
+    def say_final(self, record: Record, span: Span | None) -> None:
+        event = {
+            State.SETTLED: names.LOG_SETTLED,
+            State.DISPUTED: names.LOG_DISPUTED,
+            State.ABANDONED: names.LOG_ABANDONED,
+        }.get(record.state)
+        if event is not None:
+            self._telemetry.log(
+                event,
+                record,
+                span=span,
+                kept=record.kept_credits,
+                refunded=record.refund_credits,
+                reason=record.reason,
+            )
+
+    # Recovering.
+
+    async def recover(self) -> int:
+        """Adopt what dead processes left, and drive what is due to its end. Returns how many were tried.
+
+        Raises:
+            JournalError: The journal cannot be read.
+        """
+        now = self._runtime.now()
+        await self._journal.adopt(now)
+        tried, _ = await self._recover_due(now)
+        await self._journal.forget(now - KEEP_S, keep=KEEP_AT_MOST)
+        self._telemetry.unsettled(await self._journal.unsettled(now))
+        return tried
+
+    async def _recover_due(self, now: float) -> tuple[int, bool]:
+        """Drive what is due. Returns how many were tried, and whether the service could be reached."""
+        tried = 0
+        while True:
+            records = await self._journal.due(now, besides=frozenset(self._live), limit=ROUND)
+            # Since then, another loop may have taken one of them up.
+            records = [record for record in records if record.id not in self._live]
+            if not records:
+                return tried, True
+            tried += len(records)
+            if not await self._recover_round(records):
+                return tried, False
+
+    async def _recover_round(self, records: list[Record]) -> bool:
+        """Recover these, a few at a time; False as soon as the service cannot be reached."""
+        loop = asyncio.get_running_loop()
+        here = self._loops.get(loop) or _Loop(self._runtime.monotonic)
+        here.recovering += 1
+        self._live.update((record.id, loop) for record in records)
+        waiting = iter(records)
+        reachable = True
+
+        async def worker() -> None:
+            nonlocal reachable
+            for record in waiting:
+                if not reachable:
+                    return
+                answer = await self._recover_one(record)
+                if answer is not None and not answer.sent:
+                    reachable = False
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(AT_ONCE, len(records))):
+                    group.create_task(worker())
+        finally:
+            here.recovering -= 1
+            for record in records:
+                self.leave(record)
+        return reachable
+
+    async def _recover_one(self, record: Record) -> Unanswered | None:
+        with self._telemetry.operation(names.SPAN_RECOVER, record, linked=True) as operation:
+            try:
+                event = orphaned(record)
+                if event is not None:
+                    after = step(record, event, now=self._runtime.now())
+                    if not await self._journal.write(record, after, durable=True):
+                        operation.failed("ownership_lost")
+                        self._telemetry.log(names.LOG_OWNERSHIP_LOST, record)
+                        return None
+                    self._telemetry.log(
+                        names.LOG_RECOVERED, after, found=str(record.state), state=str(after.state)
+                    )
+                    record = after
+                return await self.drive(record, None)
+            except JournalError as error:
+                operation.failed("journal")
+                self._telemetry.log(names.LOG_JOURNAL_FAILED, record, exc_info=error)
+                return Unanswered("the journal failed", sent=False)
+
+    async def _recover_for_ever(self, here: _Loop) -> None:
+        looked_at = -math.inf
+        outages = 0
+        while True:
+            wait_s, reachable = self._recover_every_s, True
+            try:
+                if self._runtime.monotonic() - looked_at >= self._recover_every_s:
+                    looked_at = self._runtime.monotonic()
+                    await self.recover()
+                else:
+                    _, reachable = await self._recover_due(self._runtime.now())
+                now = self._runtime.now()
+                due = await self._journal.next_due(now)
+                if due is not None:
+                    wait_s = min(due - now, wait_s)
+            except JournalError as error:
+                self._telemetry.log(names.LOG_JOURNAL_FAILED, exc_info=error)
+            except Exception as error:
+                # A bug in one round must not end all recovery; the next round tries again.
+                self._telemetry.log(names.LOG_JOURNAL_FAILED, exc_info=error, reason="recovery failed")
+            outages = 0 if reachable else outages + 1
+            # However many are due, a service that cannot be reached is asked ever more seldom.
+            pause_s = min(FIRST_BACKOFF_S * 2 ** min(outages, 16), self._recover_every_s) if outages else 0.05
+            await here.rest(wait_s, pause_s)
+
+
+_SETTLERS: "weakref.WeakSet[Settler]" = weakref.WeakSet()
+
+
+async def settled() -> None:
+    """Return when no refund or void of this process is in flight; for tests and scripts.
+
+    One that waits for its next attempt is not in flight.
+    """
+    # Asked now and then, because they may be on other event loops than this one.
+    while any(settler.busy for settler in _SETTLERS):  # noqa: ASYNC110
+        await asyncio.sleep(0.005)

@@ -1,0 +1,66 @@
+"""What a user may see of their own credits: asked of the credits service, never kept here."""
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+from fastapi import HTTPException
+from pydantic import BaseModel
+
+from .users import User
+
+
+class Statement(BaseModel):
+    """An account's balance, in credits, and its latest transactions, the newest first."""
+
+    account: User
+    balance: int
+    transactions: list[dict[str, Any]]
+
+
+class Wallet:
+    """Reads accounts at the credits service.
+
+    Args:
+        client: Knows the service's address and token.
+    """
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self._client = client
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls) -> AsyncIterator["Wallet"]:
+        """A wallet at the service that the app is billed at; closed at the end of the block."""
+        token = os.environ.get("METERED_BILLING_TOKEN", "")
+        async with httpx.AsyncClient(
+            base_url=os.environ.get("METERED_BILLING_CREDITS", "http://127.0.0.1:8080"),
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=2,
+            trust_env=False,
+        ) as client:
+            yield cls(client)
+
+    async def statement(self, user: User) -> Statement:
+        """What `user` has, and what became of it lately.
+
+        Raises:
+            HTTPException: 503; the credits service gives no answer.
+        """
+        account = {"tenant_id": user.tenant_id, "user_id": user.user_id}
+        balance = await self._get("/v1/balance", account)
+        transactions = await self._get("/v1/transactions", account | {"limit": "10"})
+        return Statement(account=user, balance=balance["balance"], transactions=transactions["items"])
+
+    async def _get(self, path: str, params: dict[str, str]) -> dict[str, Any]:
+        try:
+            answer = await self._client.get(path, params=params)
+            answer.raise_for_status()
+            body: dict[str, Any] = answer.json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise HTTPException(
+                503, "The credits service gives no answer.", headers={"Retry-After": "5"}
+            ) from error
+        return body

@@ -1,0 +1,142 @@
+"""The demo as its users run it: in a directory of its own, on free ports."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    """A port on which nobody listens now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def eventually(check: Callable[[], bool], within_s: float, what: str) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + within_s
+    while not check():
+        assert time.monotonic() < deadline, f"not within {within_s:g} s: {what}"
+        time.sleep(0.1)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that is dead and not yet reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+class Demo:
+    """`make demo`, without make.
+
+    Args:
+        folder: Where it is run; `.demo/` is made there.
+        settings: Environment variables.
+    """
+
+    def __init__(self, folder: Path, **settings: str) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.credits_port = free_port()
+        self.settings = {"PORT": str(self.port), "CREDITS_PORT": str(self.credits_port), **settings}
+        self.output = folder / "output.txt"
+        self.start()
+
+    def start(self) -> None:
+        """Run it, in a process group of its own, as a shell does."""
+        ours = {name: value for name, value in os.environ.items() if not name.startswith("METERED_BILLING_")}
+        with self.output.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "examples.fastapi_app.run"],
+                cwd=self.folder,
+                env={**ours, "PYTHONPATH": str(ROOT), **self.settings},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                process_group=0,
+            )
+
+    def says(self, text: str, within_s: float = 60, times: int = 1) -> str:
+        """Wait until it has printed something; all that it has printed."""
+
+        def said() -> bool:
+            assert self.process.poll() is None, f"it ended:\n{self.output.read_text()}"
+            return self.output.read_text().count(text) >= times
+
+        eventually(said, within_s, f"{text!r} in\n{self.output.read_text()}")
+        return self.output.read_text()
+
+    def up(self) -> str:
+        """Wait until it is up; what it has printed."""
+        return self.says("Ctrl-C stops both.")
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send it a signal, as a terminal does to the whole group for Ctrl-C; its exit code."""
+        if number == signal.SIGINT:
+            os.killpg(self.process.pid, number)
+        else:
+            self.process.send_signal(number)
+        return self.process.wait(30)
+
+    def pid(self, name: str) -> int:
+        """The process id of `app` or `credits`."""
+        return int((self.folder / ".demo" / f"{name}.pid").read_text())
+
+    def post(self, path: str, body: object, token: str = "demo") -> httpx.Response:
+        """Call the app."""
+        return httpx.post(
+            f"http://127.0.0.1:{self.port}{path}",
+            json=body,
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=60,
+            trust_env=False,
+        )
+
+    def sample(self) -> Any:
+        """The sample request's body."""
+        return json.loads((self.folder / ".demo" / "request.json").read_text())
+
+    def credits(self, path: str, body: object = None, **params: str) -> Any:
+        """Ask the credits service, with the secret that the demo left for that."""
+        secret = re.search(r"METERED_BILLING_TOKEN=(\S+)", (self.folder / ".demo" / "env").read_text())
+        assert secret
+        answer = httpx.request(
+            "GET" if body is None else "POST",
+            f"http://127.0.0.1:{self.credits_port}{path}",
+            params=params,
+            json=body,
+            headers={"Authorization": f"Bearer {secret[1]}", "Idempotency-Key": f"test{time.time_ns()}"},
+            trust_env=False,
+        )
+        return answer.raise_for_status().json()
+
+    def balance(self, user: str = "alice") -> int:
+        """What a user has, in credits, as the service's books say."""
+        balance: int = self.credits("/v1/balance", tenant_id="demo", user_id=user)["balance"]
+        return balance
+
+    def transactions(self, user: str = "alice") -> list[dict[str, Any]]:
+        """All that happened to a user's account."""
+        found: list[dict[str, Any]] = []
+        cursor: dict[str, str] = {}
+        while True:
+            page = self.credits("/v1/transactions", tenant_id="demo", user_id=user, limit="200", **cursor)
+            found += page["items"]
+            if page["next_cursor"] is None:
+                return found
+            cursor = {"cursor": page["next_cursor"]}

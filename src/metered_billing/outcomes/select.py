@@ -1,0 +1,105 @@
+"""Statuses out of JSON: what the path selects, and what holds without one.
+
+A status is any JSON value; `succeeded` says which of them mean success. An entry is an item's id, where it
+has one, and whether it succeeded.
+"""
+
+from jsonpath_rfc9535 import JSONPathError, JSONPathQuery
+from jsonpath_rfc9535 import compile as compile_query
+
+from metered_billing.outcomes.decode import Unreadable
+from metered_billing.outcomes.paid import Paid, id_of, shown
+
+Entry = tuple[str | None, bool]
+
+_SUCCEEDED = frozenset({"succeeded", "success", "ok"})
+
+
+def succeeded(status: object) -> bool:
+    """Whether this status means success: "succeeded", "success" or "ok" in any case, true, 200 to 299."""
+    if isinstance(status, str):
+        return status in _SUCCEEDED or (status.isascii() and status.lower() in _SUCCEEDED)
+    if isinstance(status, bool):
+        return status
+    if isinstance(status, int | float):
+        # A float only where it is a whole number: 250.5 is nobody's status code.
+        return 200 <= status <= 299 and status == int(status)
+    return False
+
+
+class Path:
+    """A compiled JSONPath (RFC 9535). Called with a JSON value it lists the entries that it selects."""
+
+    __slots__ = ("_query", "text")
+
+    def __init__(self, text: str, query: JSONPathQuery) -> None:
+        self.text = text
+        self._query = query
+
+    @property
+    def matched_nothing(self) -> str:
+        return f"{shown(self.text)} matched nothing"
+
+    def __call__(self, value: object) -> list[Entry]:
+        """
+        Raises:
+            Unreadable: The path cannot be applied to this value, which may be nested too deeply.
+        """
+        try:
+            return [entry(node.value) for node in self._query.finditer(value)]  # type: ignore[arg-type]
+        except Exception as error:
+            # Most likely a RecursionError, the library's own or Python's. Whatever it is, it says that this
+            # body is beyond us, and that must not cost the client the response.
+            raise Unreadable(f"the path cannot be applied: {type(error).__name__}") from error
+
+
+def compile_path(text: str) -> Path:
+    """The path, ready to be applied.
+
+    Raises:
+        ValueError: It is not a JSONPath by RFC 9535.
+    """
+    try:
+        return Path(text, compile_query(text))
+    except (JSONPathError, RecursionError, OverflowError) as error:
+        raise ValueError(f"not a JSONPath (RFC 9535): {shown(text)}: {error}") from error
+
+
+def entry(selected: object) -> Entry:
+    """One selected value as an entry: an object by its `id` and `status`, any other as the status itself."""
+    if isinstance(selected, dict):
+        return id_of(selected.get("id")), succeeded(selected.get("status"))
+    return None, succeeded(selected)
+
+
+def entries_without_path(body: object, paid: Paid) -> list[Entry] | None:
+    """What a body reports in `$.results[*]` or `$.items[*]`; None where that is no report on what was paid.
+
+    It is one only where every element is an object with a `status`, or a boolean, and where there are as
+    many as units were paid for, or exactly the ids: any other list is just a list of things.
+    """
+    if isinstance(body, dict):
+        for name in ("results", "items"):
+            listed = body.get(name)
+            if isinstance(listed, dict):
+                listed = list(listed.values())
+            if isinstance(listed, list) and all(map(_is_report, listed)):
+                entries = list(map(entry, listed))
+                if _fits(entries, paid):
+                    return entries
+    return None
+
+
+def entries_of_line(value: object) -> list[Entry]:
+    """What a line of a stream reports without a path: itself, where it is an object with a `status`."""
+    return [entry(value)] if isinstance(value, dict) and "status" in value else []
+
+
+def _is_report(element: object) -> bool:
+    return isinstance(element, bool) or (isinstance(element, dict) and "status" in element)
+
+
+def _fits(entries: list[Entry], paid: Paid) -> bool:
+    if paid.by_item is None:
+        return len(entries) == paid.units
+    return {item for item, _ in entries} == paid.by_item.keys()

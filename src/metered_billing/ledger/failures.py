@@ -1,0 +1,28 @@
+"""Why the ledger could not answer. What it answers, a refusal too, is a value: see `answers`.
+
+LedgerError
+├── LedgerUnavailable      no answer; the command may or may not have happened
+│   └── LedgerNotOpened    the file was never opened; nothing can have happened
+│       └── LedgerLocked   another process has it
+└── LedgerCorrupt          the rows contradict each other; nothing was written
+"""
+
+
+class LedgerError(Exception):
+    """The ledger gave no answer."""
+
+
+class LedgerUnavailable(LedgerError):
+    """Storage trouble: whether the command happened is unknown. Repeat it under the same key."""
+
+
+class LedgerNotOpened(LedgerUnavailable):
+    """The ledger's file could not be opened, or had no room in its queue; nothing happened."""
+
+
+class LedgerLocked(LedgerNotOpened):
+    """Another process owns the ledger's file; nothing happened."""
+
+
+class LedgerCorrupt(LedgerError):
+    """An invariant does not hold (refunded > deducted, balance < 0 …); nothing was written."""

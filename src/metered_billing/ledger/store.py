@@ -1,0 +1,221 @@
+"""The ledger as its callers see it: async, each command decided and committed as one."""
+
+import base64
+import re
+import sqlite3
+import threading
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from metered_billing.ledger.answers import Answer, Page
+from metered_billing.ledger.books import SqliteBooks, entry_body, prepare
+from metered_billing.ledger.commands import Command, Deduct, Grant, Refund, Void
+from metered_billing.ledger.failures import LedgerError, LedgerNotOpened, LedgerUnavailable
+from metered_billing.ledger.owner import OwnerLock
+from metered_billing.ledger.rules import Stamp, decide
+from metered_billing.runtime import Runtime
+from metered_billing.sqlite import SqliteFile, StorageError
+
+T = TypeVar("T")
+
+MAX_PAGE = 1000
+"""The most entries on one page."""
+
+
+class Ledger:
+    """Accounts and entries in one SQLite file, owned by this process while it is open.
+
+    It opens itself when it is first used, may be closed and used again, and serves one event loop after
+    another. Cancelling a call does not take it back: what it asked for is then unknown.
+
+    Args:
+        file: The file; made where it is missing, in a directory that exists.
+
+    Every method raises `LedgerError` where it has no answer (see `failures`): for commands, that leaves
+    unknown what happened, and repeating them under the same key is always safe.
+    """
+
+    def __init__(self, file: str | Path | SqliteFile, runtime: Runtime | None = None) -> None:
+        self._runtime = runtime or Runtime()
+        if not isinstance(file, SqliteFile):
+            # Resolved, so that two names of one file meet at one lock.
+            file = SqliteFile(Path(file).resolve(), "", self._runtime.executor())
+        self._file = file
+        self._lock = OwnerLock(file.path)
+        self._prepared = False
+        self._mutex = threading.Lock()
+        self._calls = 0
+
+    @property
+    def path(self) -> Path:
+        return self._file.path
+
+    async def start(self) -> None:
+        """Open the file, so that what is wrong with it shows now.
+
+        Raises:
+            LedgerLocked: Another process has it.
+            LedgerNotOpened: It cannot be made or read, or is not a ledger of this version.
+        """
+        with self._mutex:
+            try:
+                self._lock.acquire()
+            except OSError as error:
+                raise LedgerNotOpened(f"{self.path} cannot be opened: {error.strerror or error}") from error
+        try:
+            await self._file.run(prepare)
+        except LedgerNotOpened as error:
+            await self.close()
+            raise LedgerNotOpened(f"{self.path}: {error}") from None
+        except (StorageError, sqlite3.Error, OSError) as error:
+            await self.close()
+            raise LedgerNotOpened(f"{self.path} cannot be opened: {error}") from error
+        self._prepared = True
+
+    async def close(self) -> None:
+        """Finish what is under way and let the next owner have the file."""
+        self._prepared = False
+        await self._file.close()
+        with self._mutex:
+            # A call that came meanwhile has opened it again: then it stays ours.
+            if self._calls == 0:
+                self._lock.release()
+
+    async def decide(self, command: Command) -> Answer:
+        """Do what is asked, whatever it is, or say why not."""
+        stamp = self._stamp()
+        return await self._run(lambda books: decide(books, command, stamp), durable=True)
+
+    async def deduct(self, command: Deduct) -> Answer:
+        """201 or 200 with the transaction, or a refusal."""
+        return await self.decide(command)
+
+    async def refund(self, command: Refund) -> Answer:
+        """201 or 200 with the refund, or a refusal."""
+        return await self.decide(command)
+
+    async def void(self, command: Void) -> Answer:
+        """200 with what it gave back, or a refusal."""
+        return await self.decide(command)
+
+    async def grant(self, command: Grant) -> Answer:
+        """201 or 200 with the transaction, or a refusal."""
+        return await self.decide(command)
+
+    async def batch(self, commands: Sequence[Command]) -> list[Answer | LedgerError]:
+        """Decide the commands in order, in one commit; each stands alone.
+
+        Returns:
+            An answer for each; where one had none, why.
+        """
+        stamped = [(command, self._stamp()) for command in commands]
+        try:
+            return await self._run(
+                lambda books: [decide(books, command, stamp) for command, stamp in stamped], durable=True
+            )
+        except LedgerError:
+            # One of them may have spoiled the commit of all: each for itself.
+            answers: list[Answer | LedgerError] = []
+            for command in commands:
+                try:
+                    answers.append(await self.decide(command))
+                except LedgerError as error:
+                    answers.append(error)
+            return answers
+
+    async def balance(self, tenant_id: str, user_id: str | None = None) -> int:
+        """What the account holds, in credits; 0 for one that is unknown."""
+        held = await self._run(lambda books: books.held(tenant_id, user_id), durable=False)
+        return held.balance
+
+    async def transactions(
+        self, tenant_id: str, user_id: str | None = None, *, cursor: str | None = None, limit: int = 50
+    ) -> Page:
+        """A page of the tenant's entries, newest first.
+
+        Args:
+            user_id: Only this user's; "" for only the shared pool's; None for all of the tenant's.
+            cursor: A page's `next_cursor`. Entries written since do not shift the pages.
+            limit: 1 to 1000.
+
+        Raises:
+            ValueError: The cursor is none of ours, or the limit is out of bounds.
+        """
+        if not 1 <= limit <= MAX_PAGE:
+            raise ValueError(f"limit must be 1 to {MAX_PAGE}")
+        before = None if cursor is None else _position(cursor)
+        found = await self._run(
+            lambda books: books.page(tenant_id, user_id, before, limit + 1), durable=False
+        )
+        page = found[:limit]
+        return Page(
+            tuple(entry_body(entry) for _, entry in page),
+            _cursor(page[-1][0]) if len(found) > limit else None,
+        )
+
+    async def transaction(
+        self, transaction_id: str, *, only_tenant: str | None = None
+    ) -> dict[str, Any] | None:
+        """One entry with its refunds (and its void), oldest first; None if there is none.
+
+        Args:
+            only_tenant: Another tenant's entry is None too.
+        """
+
+        def read(books: SqliteBooks) -> dict[str, Any] | None:
+            entry = books.entry(transaction_id)
+            if entry is None or only_tenant not in (None, entry.tenant_id):
+                return None
+            returns = books.returns(entry.id)
+            return entry_body(entry) | {"refunds": [entry_body(refund) for refund in returns]}
+
+        return await self._run(read, durable=False)
+
+    async def find(self, tenant_id: str, idempotency_key: str) -> str | None:
+        """The transaction id of the deduction with this key, if it took credits; voided since or not."""
+        remembered = await self._run(
+            lambda books: books.remembered(tenant_id, idempotency_key), durable=False
+        )
+        if remembered is None or remembered.kind != Deduct.kind:
+            return None
+        return remembered.entry_id
+
+    async def check(self) -> None:
+        """Read something, to see whether the file answers."""
+        await self._run(lambda books: books.held("", None), durable=False)
+
+    def _stamp(self) -> Stamp:
+        at = datetime.fromtimestamp(self._runtime.now(), UTC).isoformat(timespec="milliseconds")
+        return Stamp(self._runtime.new_id(), at.replace("+00:00", "Z"))
+
+    async def _run(self, work: Callable[[SqliteBooks], T], *, durable: bool) -> T:
+        with self._mutex:
+            self._calls += 1
+        try:
+            # A loop, because a `close` may come between the two; and a forked child holds no lock.
+            while not (self._prepared and self._lock.held):
+                await self.start()
+            return await self._file.run(lambda connection: work(SqliteBooks(connection)), durable=durable)
+        except StorageError as error:
+            raise LedgerNotOpened(str(error)) from error
+        except (sqlite3.Error, OSError) as error:
+            raise LedgerUnavailable(f"{self.path.name}: {error}") from error
+        finally:
+            with self._mutex:
+                self._calls -= 1
+
+
+def _cursor(position: int) -> str:
+    return base64.urlsafe_b64encode(str(position).encode()).decode().rstrip("=")
+
+
+def _position(cursor: str) -> int:
+    try:
+        text = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode()
+    except ValueError:
+        text = ""
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise ValueError("cursor is not one that this ledger gave out")
+    return int(text)

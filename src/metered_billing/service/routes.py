@@ -1,0 +1,288 @@
+"""The routes of the credits API, version 1. Each turns a request into one call of the ledger, and back."""
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, Path, Query, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from metered_billing.ledger import Command, Ledger, LedgerUnavailable
+from metered_billing.ledger.answers import Answer
+from metered_billing.ledger.store import MAX_PAGE
+from metered_billing.service import answers, bodies
+from metered_billing.service.batch import perform_all
+from metered_billing.service.guard import ACCESS
+from metered_billing.service.problems import (
+    ProblemResponse,
+    documented,
+    forbidden,
+    invalid,
+    not_found,
+    unauthorized,
+)
+from metered_billing.service.spans import close_span, fail_span, open_span
+from metered_billing.service.tokens import Access
+
+HEALTH_TIMEOUT_S = 2.0
+
+REPLAYED = "Idempotent-Replayed"
+
+_bearer = HTTPBearer(auto_error=False, description="A token that the service was started with.")
+
+
+def _ledger(request: Request) -> Ledger:
+    ledger: Ledger = request.app.state.ledger
+    return ledger
+
+
+def _access(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]) -> Access:
+    # The guard has looked already; this holds should the app ever be mounted where the guard is not.
+    access: Access | None = request.scope.get(ACCESS)
+    if access is None:
+        raise unauthorized()
+    return access
+
+
+def _key(
+    request: Request,
+    idempotency_key: Annotated[
+        str,
+        Header(
+            description="1 to 255 visible ASCII characters, bare or as the IETF draft's quoted string. "
+            "The same key again gets the same answer, and moves nothing.",
+            examples=["01980a5e-7c1e-7b5a-9a55-0e9d5c3a1f10"],
+        ),
+    ],
+) -> str:
+    try:
+        return bodies.idempotency_key(request.headers.getlist("idempotency-key"))
+    except ValueError as error:
+        raise invalid([{"field": "idempotency-key", "message": str(error)}]) from None
+
+
+TheLedger = Annotated[Ledger, Depends(_ledger)]
+TheAccess = Annotated[Access, Depends(_access)]
+TheKey = Annotated[str, Depends(_key)]
+TenantId = Annotated[bodies.Id, Query()]
+UserId = Annotated[
+    str | None, Query(pattern=r"^[^\x00-\x1f\x7f]{0,255}$", description="Empty: the tenant's shared pool.")
+]
+TransactionId = Annotated[bodies.Id, Path()]
+
+_COMMON = (
+    (401, "unauthorized", "there is no token, or the service does not know it."),
+    (422, "invalid-request", "`errors` names each field that is wrong, and why."),
+    (503, "ledger-unavailable", "the ledger gives no answer; repeat the request under the same key."),
+)
+_BODY = (
+    (400, "invalid-request", "the body is not JSON in UTF-8."),
+    (413, "body-too-large", "1 MiB, and for a batch 8 MiB, is the most."),
+)
+_TENANT = ((403, "forbidden", "the token is for another tenant."),)
+_REUSED = ((422, "idempotency-key-reused", "the key was used with another payload or operation."),)
+_VOIDED = ((409, "charge-voided", "the deduction was voided."),)
+_UNKNOWN = ((404, "not-found", "there is no such transaction, or not for this token."),)
+
+_REPLAY_HEADER = {REPLAYED: {"schema": {"type": "string", "enum": ["true"]}, "description": "A replay."}}
+
+
+def _answers(model: type, replay: bool = True) -> dict[int | str, dict[str, Any]]:
+    if not replay:
+        return {200: {"model": model, "description": "Done."}}
+    return {
+        200: {
+            "model": model,
+            "description": "Done before, under this key: the same answer.",
+            "headers": _REPLAY_HEADER,
+        },
+        201: {"model": model, "description": "Done."},
+    }
+
+
+router = APIRouter(redirect_slashes=False)
+
+
+@router.post(
+    "/v1/deductions",
+    summary="Deduct",
+    status_code=201,
+    responses=_answers(answers.TransactionAnswer)
+    | documented(
+        *_COMMON,
+        *_BODY,
+        *_TENANT,
+        *_REUSED,
+        *_VOIDED,
+        (402, "insufficient-credits", "the account holds too little, and nothing was taken. Remembered."),
+    ),
+)
+async def deduct(
+    body: bodies.DeductionBody, key: TheKey, access: TheAccess, ledger: TheLedger, request: Request
+) -> Response:
+    """Take credits from an account, at most once a key. A refusal (402) is remembered under the key too."""
+    _require_tenant(access, body.tenant_id)
+    return await _perform(ledger, body.command(key), request)
+
+
+@router.post(
+    "/v1/deductions/{transaction_id}/refunds",
+    summary="Refund",
+    status_code=201,
+    responses=_answers(answers.RefundAnswer)
+    | documented(
+        *_COMMON,
+        *_BODY,
+        *_REUSED,
+        *_VOIDED,
+        *_UNKNOWN,
+        (422, "refund-exceeds-deduction", "all its refunds together would exceed the deduction."),
+    ),
+)
+async def refund(
+    transaction_id: TransactionId,
+    body: bodies.RefundBody,
+    key: TheKey,
+    access: TheAccess,
+    ledger: TheLedger,
+    request: Request,
+) -> Response:
+    """Give credits of a deduction back to its account, at most once a key."""
+    return await _perform(ledger, body.command(key, transaction_id, access.tenant_id), request)
+
+
+@router.post(
+    "/v1/voids",
+    summary="Void",
+    responses=_answers(answers.VoidAnswer, replay=False) | documented(*_COMMON, *_BODY, *_TENANT, *_REUSED),
+)
+async def void(body: bodies.VoidBody, access: TheAccess, ledger: TheLedger, request: Request) -> Response:
+    """Undo the deduction that has this key, whether it happened or not; should it still arrive: refuse it.
+
+    What earlier refunds left is given back. Again: the same answer, and nothing moves.
+    """
+    _require_tenant(access, body.tenant_id)
+    return await _perform(ledger, body.command(), request)
+
+
+@router.post(
+    "/v1/grants",
+    summary="Grant",
+    status_code=201,
+    responses=_answers(answers.TransactionAnswer)
+    | documented(
+        *_COMMON,
+        *_BODY,
+        *_REUSED,
+        (403, "forbidden", "the token may not grant."),
+        (422, "grant-too-large", "an account can be granted 2^53-1 credits in its life."),
+    ),
+)
+async def grant(
+    body: bodies.GrantBody, key: TheKey, access: TheAccess, ledger: TheLedger, request: Request
+) -> Response:
+    """Put credits into an account, at most once a key. Needs an admin token."""
+    if not access.grants:
+        raise forbidden("Granting credits needs an admin token.")
+    return await _perform(ledger, body.command(key), request)
+
+
+@router.get(
+    "/v1/balance",
+    summary="Balance",
+    response_model=answers.BalanceAnswer,
+    responses=documented(*_COMMON, *_TENANT),
+)
+async def balance(
+    tenant_id: TenantId, access: TheAccess, ledger: TheLedger, user_id: UserId = None
+) -> Response:
+    """What an account holds, in credits."""
+    _require_tenant(access, tenant_id)
+    return JSONResponse({"balance": await ledger.balance(tenant_id, user_id or None)})
+
+
+@router.get(
+    "/v1/transactions",
+    summary="List transactions",
+    response_model=answers.PageAnswer,
+    responses=documented(*_COMMON, *_TENANT),
+)
+async def transactions(
+    tenant_id: TenantId,
+    access: TheAccess,
+    ledger: TheLedger,
+    user_id: UserId = None,
+    cursor: Annotated[str | None, Query(description="A page's `next_cursor`.")] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 50,
+) -> Response:
+    """A tenant's entries, newest first. Without `user_id`: of all its accounts."""
+    _require_tenant(access, tenant_id)
+    try:
+        page = await ledger.transactions(tenant_id, user_id, cursor=cursor, limit=limit)
+    except ValueError as error:
+        raise invalid([{"field": "cursor", "message": str(error)}]) from None
+    return JSONResponse({"items": page.items, "next_cursor": page.next_cursor})
+
+
+@router.get(
+    "/v1/transactions/{transaction_id}",
+    summary="Show a transaction",
+    response_model=answers.EntryWithRefunds,
+    responses=documented(*_COMMON, *_UNKNOWN),
+)
+async def transaction(transaction_id: TransactionId, access: TheAccess, ledger: TheLedger) -> Response:
+    """One entry, with its refunds."""
+    entry = await ledger.transaction(transaction_id, only_tenant=access.tenant_id)
+    if entry is None:
+        raise not_found()
+    return JSONResponse(entry)
+
+
+@router.post(
+    "/v1/batch",
+    summary="Batch",
+    response_model=answers.BatchAnswer,
+    responses=documented(*_COMMON, *_BODY),
+)
+async def batch(body: bodies.BatchBody, access: TheAccess, ledger: TheLedger, request: Request) -> Response:
+    """Up to 1,000 deductions, refunds and voids, in one commit. Each stands alone, with its own status."""
+    return JSONResponse({"results": await perform_all(ledger, access, body.operations, request.headers)})
+
+
+@router.get(
+    "/healthz",
+    summary="Health",
+    response_model=answers.Health,
+    responses=documented((503, "ledger-unavailable", "the ledger gives no answer.")),
+)
+async def healthz(ledger: TheLedger) -> Response:
+    """Whether the service can read its ledger. Needs no token."""
+    try:
+        async with asyncio.timeout(HEALTH_TIMEOUT_S):
+            await ledger.check()
+    except TimeoutError:
+        raise LedgerUnavailable(f"no answer within {HEALTH_TIMEOUT_S} s") from None
+    return JSONResponse({"status": "ok"})
+
+
+async def _perform(ledger: Ledger, command: Command, request: Request) -> Response:
+    span = open_span(command, request.headers)
+    try:
+        answer = await ledger.decide(command)
+    except BaseException as error:
+        fail_span(span, error)
+        raise
+    close_span(span, answer)
+    return _response(answer)
+
+
+def _response(answer: Answer) -> Response:
+    headers = {REPLAYED: "true"} if answer.replayed else None
+    kind = JSONResponse if answer.done else ProblemResponse
+    return kind(dict(answer.body), answer.status, headers)
+
+
+def _require_tenant(access: Access, tenant_id: str) -> None:
+    if not access.covers(tenant_id):
+        raise forbidden()

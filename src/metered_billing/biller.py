@@ -98,10 +98,22 @@ class Charge:
             raise RuntimeError("the response is complete: what failed can no longer be said")
         self._said.fail(item, units=units)
 
+    # For the middleware.
+
     @property
     def said(self) -> Said:
         """What the route has said so far."""
         return self._said
+
+    @property
+    def record(self) -> Record | None:
+        """The charge as it was when the route began; None where the request is free."""
+        return self._record
+
+    def note(self, attribute: str, text: str) -> None:
+        """Something for whoever reads the charge's span."""
+        if self._span is not None:
+            self._span.set_attribute(attribute, text)
 
 
 class Biller:
@@ -196,9 +208,7 @@ class Biller:
                 await self._journal.open(record)
             except asyncio.CancelledError:
                 # The write may still land; nothing was sent, and nothing will be.
-                self._settler.spawn(
-                    record.id, self._settler.follow(record, NotSent("cancelled before it was sent"))
-                )
+                self._settler.spawn(record.id, self._settler.follow(record, NotSent("cancelled before it was sent")))
                 raise
             except JournalError as error:
                 # It may be on record all the same: then recovery finds and voids it, which moves nothing.
@@ -226,9 +236,7 @@ class Biller:
                 won = await self._journal.write(record, after, durable=False)
             except asyncio.CancelledError:
                 # The write is in the queue already, so this one comes behind it.
-                self._settler.spawn(
-                    record.id, self._settler.follow(after, Lost("cancelled before the route ran"))
-                )
+                self._settler.spawn(record.id, self._settler.follow(after, Lost("cancelled before the route ran")))
                 raise
             except JournalError as error:
                 # On record it is still opened, so recovery voids it.
@@ -243,9 +251,7 @@ class Biller:
                 raise CreditsUnavailable(1)
             self._telemetry.moved("deducted", after.amount_credits)
             self._telemetry.log(names.LOG_DEDUCTED, after, balance=answer.balance)
-        return Charge(
-            after, paid, charge_id=after.id, account=after.account, balance=answer.balance, span=span
-        )
+        return Charge(after, paid, charge_id=after.id, account=after.account, balance=answer.balance, span=span)
 
     def _refusal(self, record: Record, answer: Declined | NotSent | Unknown) -> BillingError:
         """What the client is told of an answer that is not yes."""

@@ -5,11 +5,11 @@ can run the whole library under a virtual clock and a seeded random source.
 """
 
 import asyncio
-import random
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any, Protocol
 
 from uuid_utils import uuid7
@@ -49,6 +49,6 @@ class Runtime:
     now: Callable[[], float] = time.time
     monotonic: Callable[[], float] = time.monotonic
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
-    random: random.Random = field(default_factory=random.Random)
+    random: Random = field(default_factory=Random)
     new_id: Callable[[], str] = new_uuid7
     executor: Callable[[], Executor] = one_thread

@@ -122,10 +122,12 @@ class Settler:
 
         Raises:
             JournalError: The journal cannot be had.
+            Exception: The credits backend cannot be had; its own kind.
         """
         loop = asyncio.get_running_loop()
         if loop in self._loops:
             return
+        await self._credits.start()
         await self._journal.start()
         if loop in self._loops:  # a concurrent first request was faster
             return
@@ -208,9 +210,7 @@ class Settler:
         # An outcome has to be on disk before its refund goes out; all else may be found again.
         after = step(record, event, now=self._runtime.now())
         try:
-            won = await self._journal.write(
-                record, after, durable=isinstance(event, Lost | Reported | Unread)
-            )
+            won = await self._journal.write(record, after, durable=isinstance(event, Lost | Reported | Unread))
         except JournalError as error:
             self._telemetry.log(names.LOG_JOURNAL_FAILED, record, exc_info=error)
             return
@@ -274,9 +274,7 @@ class Settler:
         if isinstance(answer, Declined) and not answer.after_unknown:
             if self._credits.remembers_declines:
                 return NotFound()
-            return Unanswered(
-                "declined; looking again later", retry_after_s=LOOK_AGAIN_AFTER_S, declined=True
-            )
+            return Unanswered("declined; looking again later", retry_after_s=LOOK_AGAIN_AFTER_S, declined=True)
         return Unanswered(answer.reason if isinstance(answer, NotSent | Unknown) else "declined, in doubt")
 
     async def _postpone(self, record: Record, answer: Unanswered) -> None:
@@ -317,9 +315,7 @@ class Settler:
             )
         elif isinstance(answer, Voided):
             self._telemetry.moved("voided", answer.refunded_credits)
-            self._telemetry.log(
-                names.LOG_VOIDED, after, refunded=answer.refunded_credits, reason=after.reason
-            )
+            self._telemetry.log(names.LOG_VOIDED, after, refunded=answer.refunded_credits, reason=after.reason)
         if after.final:
             self.say_final(after, None)
 
@@ -405,9 +401,7 @@ class Settler:
                         operation.failed("ownership_lost")
                         self._telemetry.log(names.LOG_OWNERSHIP_LOST, record)
                         return None
-                    self._telemetry.log(
-                        names.LOG_RECOVERED, after, found=str(record.state), state=str(after.state)
-                    )
+                    self._telemetry.log(names.LOG_RECOVERED, after, found=str(record.state), state=str(after.state))
                     record = after
                 return await self.drive(record, None)
             except JournalError as error:

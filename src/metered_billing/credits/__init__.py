@@ -20,6 +20,10 @@ class Credits(Protocol):
         """Whether a deduction once declined is declined for ever under its key."""
         ...
 
+    async def start(self) -> None:
+        """Get ready, once, on this event loop; what raises here keeps the app from starting."""
+        ...
+
     async def deduct(self, record: Record) -> DeductAnswer:
         """Take `record.amount_credits` from its account, under the key `record.id`."""
         ...

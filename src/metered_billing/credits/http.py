@@ -135,6 +135,9 @@ class HttpCredits:
     def remembers_declines(self) -> bool:
         return self._contract.remembers_declines
 
+    async def start(self) -> None:
+        """Nothing to do: a service that is down must not keep the app from starting."""
+
     async def deduct(self, record: Record) -> DeductAnswer:
         """Take the credits, in up to `attempts` attempts within `timeout_s`."""
         call = self._contract.deduction(record)

@@ -1,0 +1,129 @@
+"""Functions whose arguments are chosen by name from an endpoint's, as pytest chooses fixtures."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from starlette.requests import Request
+
+REQUEST = "request"
+
+_NAMED = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    inspect.Parameter.KEYWORD_ONLY,
+)
+
+
+def signature_of(fn: Callable[..., Any]) -> inspect.Signature:
+    """The signature, its annotations evaluated where they can be.
+
+    With `from __future__ import annotations` they are strings, and several FastAPI versions look them up
+    where a wrapper stands rather than where the function does.
+    """
+    try:
+        return inspect.signature(fn, eval_str=True)
+    except NameError:  # a name imported under TYPE_CHECKING
+        return inspect.signature(fn)
+
+
+class Offer:
+    """What an endpoint offers: its parameters, by name, and its request.
+
+    Args:
+        endpoint: The function under the decorator.
+    """
+
+    def __init__(self, endpoint: Callable[..., Any]) -> None:
+        self.signature = signature_of(endpoint)
+        parameters = [parameter for parameter in self.signature.parameters.values() if parameter.kind in _NAMED]
+        self.names = [parameter.name for parameter in parameters]
+        self.defaults = {
+            parameter.name: parameter.default
+            for parameter in parameters
+            if parameter.default is not inspect.Parameter.empty
+        }
+        self.request_name = next((p.name for p in parameters if is_kind(p.annotation, Request)), None)
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The arguments of one call, by name."""
+        if not args and not self.defaults.keys() - kwargs.keys():
+            return kwargs
+        return {**self.defaults, **dict(zip(self.names, args, strict=False)), **kwargs}
+
+    def request(self, arguments: Mapping[str, Any], otherwise: Callable[[], Request]) -> Request:
+        """The endpoint's own request, where it takes one."""
+        own = arguments.get(self.request_name) if self.request_name is not None else None
+        if own is None:
+            own = next((value for value in arguments.values() if isinstance(value, Request)), None)
+        return own if isinstance(own, Request) else otherwise()
+
+
+class Chooser:
+    """A function of ours to call (`cost`, `price`, `account`, `outcomes`), with the arguments it names.
+
+    Args:
+        what: Which of them it is, for errors.
+        fn: Sync or async.
+        offer: What it may choose from. `request` is always there.
+        returned: Its first parameter is what the endpoint returned, whatever its name.
+
+    Raises:
+        TypeError: It cannot be called, or names what the endpoint has not.
+    """
+
+    def __init__(self, what: str, fn: Callable[..., Any], offer: Offer, *, returned: bool = False) -> None:
+        self._fn = fn
+        self._offer = offer
+        self._returned = returned
+        self._positional: list[str] = []
+        self._keywords: list[tuple[str, str]] = []
+        self._wants_request = False
+        try:
+            parameters = list(signature_of(fn).parameters.values())
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{what}={fn!r}: its parameters cannot be read; wrap it in a function") from error
+        if returned:
+            if not parameters or parameters[0].kind not in (*_NAMED[:2], inspect.Parameter.VAR_POSITIONAL):
+                raise TypeError(f"{what}={fn!r} must take what the route returned as its first parameter")
+            parameters = parameters[1:]
+        for parameter in parameters:
+            self._choose(what, parameter)
+
+    def _choose(self, what: str, parameter: inspect.Parameter) -> None:
+        if parameter.kind not in _NAMED:
+            return  # *args and **kwargs name nothing
+        name = parameter.name
+        if name in self._offer.names:
+            source = name
+        elif name == REQUEST or is_kind(parameter.annotation, Request):
+            source = REQUEST
+            self._wants_request = True
+        elif parameter.default is not inspect.Parameter.empty:
+            return
+        else:
+            offered = ", ".join([*self._offer.names, *([REQUEST] if REQUEST not in self._offer.names else [])])
+            raise TypeError(
+                f"{what} asks for {name!r}, which the route has not. Its parameters are chosen by name;"
+                f" this route offers: {offered}"
+            )
+        if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
+            self._positional.append(source)
+        else:
+            self._keywords.append((name, source))
+
+    async def __call__(self, arguments: Mapping[str, Any], request: Callable[[], Request], returned: Any = None) -> Any:
+        """Call it with this request's arguments; whatever it raises passes."""
+        if self._wants_request:
+            arguments = {REQUEST: self._offer.request(arguments, request), **arguments}
+        values = [arguments[source] for source in self._positional]
+        if self._returned:
+            values.insert(0, returned)
+        result = self._fn(*values, **{name: arguments[source] for name, source in self._keywords})
+        return await result if inspect.isawaitable(result) else result
+
+
+def is_kind(annotation: Any, kind: type) -> bool:
+    """Whether an annotation is that class, below it, or `Annotated` with it."""
+    annotation = getattr(annotation, "__origin__", annotation)
+    return isinstance(annotation, type) and issubclass(annotation, kind)

@@ -1,0 +1,337 @@
+"""The decorator: price the request, have it deducted, then run the route."""
+
+import functools
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from typing import Any, ParamSpec, Protocol, TypeVar, overload
+
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.types import Message
+from starlette.websockets import WebSocket
+
+from metered_billing import telemetry as names
+from metered_billing.biller import Charge
+from metered_billing.charge import MAX_AMOUNT, Account
+from metered_billing.choosing import Chooser, Offer, is_kind
+from metered_billing.errors import (
+    AccountRequired,
+    BillingError,
+    BillingMisconfigured,
+    CreditsUnavailable,
+    InvalidCost,
+    TooManyUnits,
+)
+from metered_billing.middleware import (
+    EXCHANGE,
+    Exchange,
+    OnDisconnect,
+    OnUnavailable,
+    checked_choice,
+)
+from metered_billing.outcomes import Paid, compile_path, cost_of, from_returned
+from metered_billing.problems import answer
+from metered_billing.routes import METERED, METERED_BY
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Decorator(Protocol):
+    """What `metered(…)` returns: it turns an endpoint, sync or async, into an async one that is charged for."""
+
+    @overload
+    def __call__(self, endpoint: Callable[P, Awaitable[R]], /) -> Callable[P, Coroutine[Any, Any, R]]: ...
+
+    @overload
+    def __call__(self, endpoint: Callable[P, R], /) -> Callable[P, Coroutine[Any, Any, R]]: ...
+
+
+def metered(
+    cost: int | Callable[..., Any],
+    *,
+    price: int | Callable[..., Any] = 1,
+    outcomes: str | Callable[..., Any] | None = None,
+    account: Callable[..., Any] | None = None,
+    max_units: int = 100_000,
+    on_disconnect: OnDisconnect | None = None,
+    on_unavailable: OnUnavailable | None = None,
+) -> Decorator:
+    """Charge for a route. It stands below the route's decorator, next to the function.
+
+        @app.post("/create-products")
+        @metered(cost=count_images, outcomes="$.products[*].images[*]")
+        async def create_products(body: CreateProducts) -> ProductsCreated: ...
+
+    The parameters of every function given here are chosen by name from the endpoint's own; `request` is always
+    there. Each may be sync or async.
+
+    Args:
+        cost: Units, a whole number from 0: the same for all requests, or a function that returns it, or a
+            function that returns a mapping of item id to units.
+        price: Credits a unit, a whole number, or a function that returns it.
+        outcomes: What succeeded: a JSONPath (RFC 9535) over the response's JSON, or a function of what the route
+            returned. By default `results` or `items`, where they fit; else the status code.
+        account: Says who pays, instead of the middleware's.
+        max_units: The most units that one request may ask for; above it 413.
+        on_disconnect: "refund" or "keep", instead of the middleware's.
+        on_unavailable: Likewise; only "reject" so far.
+
+    Raises:
+        TypeError, ValueError: At decoration: what cannot be metered, or a function that asks for what the
+            endpoint has not.
+    """
+    if not callable(cost):
+        cost_of(cost)
+    if not callable(price):
+        cost_of(0, price=price)
+    if isinstance(max_units, bool) or not isinstance(max_units, int) or max_units < 1:
+        raise ValueError(f"max_units must be a whole number from 1; this is {max_units!r}")
+    if on_disconnect is not None:
+        checked_choice("on_disconnect", on_disconnect, OnDisconnect)
+    if on_unavailable is not None:
+        checked_choice("on_unavailable", on_unavailable, OnUnavailable)
+
+    def decorate(endpoint: Callable[..., Any], /) -> Callable[..., Coroutine[Any, Any, Any]]:
+        _refuse(endpoint)
+        terms = Terms(endpoint, cost, price, outcomes, account, max_units, on_disconnect)
+
+        @functools.wraps(endpoint)
+        async def charged(*args: Any, **kwargs: Any) -> Any:
+            return await terms.serve(args, kwargs)
+
+        # FastAPI reads its parameters from here; `wraps` alone would leave it unevaluated annotations.
+        charged.__signature__ = terms.offer.signature  # type: ignore[attr-defined]
+        setattr(charged, METERED, terms)
+        endpoint.__dict__[METERED_BY] = charged
+        return charged
+
+    return decorate
+
+
+def current_charge() -> Charge:
+    """The charge of the request that is running.
+
+    Raises:
+        LookupError: Outside a metered request.
+    """
+    exchange = EXCHANGE.get()
+    if exchange is None or exchange.charge is None:
+        raise LookupError("no metered request is running here")
+    return exchange.charge
+
+
+class Terms:
+    """What `@metered` was told, checked against its endpoint."""
+
+    def __init__(
+        self,
+        endpoint: Callable[..., Any],
+        cost: int | Callable[..., Any],
+        price: int | Callable[..., Any],
+        outcomes: str | Callable[..., Any] | None,
+        account: Callable[..., Any] | None,
+        max_units: int,
+        on_disconnect: OnDisconnect | None,
+    ) -> None:
+        self.offer = Offer(endpoint)
+        self._endpoint = endpoint
+        self._is_async = _is_async(endpoint)
+        self._name = str(getattr(endpoint, "__qualname__", type(endpoint).__qualname__))
+        self._cost = Chooser("cost", cost, self.offer) if callable(cost) else cost
+        self._price = Chooser("price", price, self.offer) if callable(price) else price
+        self._account = None if account is None else Chooser("account", account, self.offer)
+        self._path = compile_path(outcomes) if isinstance(outcomes, str) else None
+        self._reader = Chooser("outcomes", outcomes, self.offer, returned=True) if callable(outcomes) else None
+        if outcomes is not None and self._path is None and self._reader is None:
+            raise TypeError(f"outcomes must be a JSONPath or a function; this is {outcomes!r}")
+        self._max_units = max_units
+        self._on_disconnect = on_disconnect
+        # A middleware's account function, with its arguments chosen for this endpoint.
+        self._accounts: dict[int, tuple[Callable[..., Any], Chooser]] = {}
+
+    def check(self, account: Callable[..., Any] | None) -> None:
+        """For start-up: whether there is an account function that can be called here."""
+        self._account_chooser(account)
+
+    async def serve(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Charge, run the endpoint, and hand what it returned to the framework."""
+        exchange = EXCHANGE.get()
+        if exchange is None:
+            raise BillingMisconfigured(
+                f"{self._name} is metered, but this app has no MeteredBillingMiddleware, or this is no request;"
+                " the plain function is its __wrapped__"
+            )
+        arguments = self.offer.bind(args, kwargs)
+        request = self.offer.request(arguments, lambda: _request(exchange))
+        try:
+            charge = await self._charge(exchange, arguments, request)
+        except BillingError as error:
+            if isinstance(error, BillingMisconfigured):
+                telemetry = exchange.billing.telemetry
+                telemetry.log(names.LOG_MISCONFIGURED, exc_info=error, endpoint=self._name, reason=error.why)
+            return answer(error, request.scope)
+        exchange.begin(charge, self._path, self._on_disconnect)
+        if self._is_async:
+            returned = await self._endpoint(*args, **kwargs)
+        else:
+            returned = await run_in_threadpool(self._endpoint, *args, **kwargs)
+        if self._reader is not None and charge.amount_credits > 0:
+            try:
+                exchange.report = from_returned(await self._reader(arguments, lambda: request, returned))
+            except Exception as error:
+                # Not the client's trouble: its work is done. A person looks at the charge.
+                exchange.raised = f"the outcomes function raised {type(error).__name__}"
+                exchange.billing.telemetry.log(names.LOG_READER_RAISED, charge.record, exc_info=error)
+        if hasattr(returned, "body_iterator"):
+            returned.body_iterator = _Watched(returned.body_iterator, exchange)
+        return returned
+
+    async def _charge(self, exchange: Exchange, arguments: Mapping[str, Any], request: Request) -> Charge:
+        """Have the request's price deducted.
+
+        Raises:
+            BillingError: Nothing stays charged; the endpoint must not run.
+            HTTPException: What the app's own functions raised.
+        """
+        billing = exchange.billing
+        if exchange.charge is not None:
+            raise BillingMisconfigured(f"{self._name}: one request can be charged once, and this one was already")
+        paid = await self._priced(arguments, request)
+        account = await self._payer(billing.account, arguments, request)
+        if paid.amount_credits == 0:
+            return billing.biller.free(paid, account)
+        if account is None:
+            raise AccountRequired
+        try:
+            await billing.biller.start()  # without a lifespan, nobody has
+        except Exception as error:
+            billing.telemetry.log(names.LOG_UNAVAILABLE, exc_info=error, endpoint=self._name)
+            raise CreditsUnavailable(1) from error
+        return await billing.biller.deduct(
+            account, paid, request_id=exchange.request_id, metadata={"endpoint": self._name[:255]}
+        )
+
+    async def _priced(self, arguments: Mapping[str, Any], request: Request) -> Paid:
+        cost = await self._call("cost", self._cost, arguments, request)
+        price = await self._call("price", self._price, arguments, request)
+        try:
+            paid = cost_of(cost, price=price)
+        except (TypeError, ValueError) as error:
+            raise InvalidCost(f"{self._name}: {error}") from error
+        if paid.units > self._max_units:
+            raise TooManyUnits(paid.units, self._max_units)
+        if paid.amount_credits > MAX_AMOUNT:
+            raise InvalidCost(f"{self._name}: {paid.amount_credits} credits are more than {MAX_AMOUNT}")
+        return paid
+
+    async def _payer(
+        self, default: Callable[..., Any] | None, arguments: Mapping[str, Any], request: Request
+    ) -> Account | None:
+        try:
+            chooser = self._account_chooser(default)
+        except TypeError as error:
+            raise BillingMisconfigured(f"{self._name}: {error}") from error
+        account = await self._call("account", chooser, arguments, request)
+        if account is not None and not isinstance(account, Account):
+            raise InvalidCost(f"{self._name}: account returned a {type(account).__name__}, not an Account or None")
+        return account
+
+    async def _call(self, what: str, value: Any | Chooser, arguments: Mapping[str, Any], request: Request) -> Any:
+        if not isinstance(value, Chooser):
+            return value
+        try:
+            return await value(arguments, lambda: request)
+        except HTTPException:
+            raise
+        except Exception as error:
+            raise InvalidCost(f"{self._name}: {what} raised {type(error).__name__}") from error
+
+    def _account_chooser(self, default: Callable[..., Any] | None) -> Chooser:
+        if self._account is not None:
+            return self._account
+        if default is None:
+            raise TypeError(
+                f"nobody says who pays for {self._name}: give account=… to MeteredBillingMiddleware or to @metered"
+            )
+        known = self._accounts.get(id(default))
+        if known is None:
+            known = self._accounts[id(default)] = (default, Chooser("account", default, self.offer))
+        return known[1]
+
+
+class _Watched:
+    """A response's body iterator that tells when it raises or is given up.
+
+    An inner `BaseHTTPMiddleware` completes the body of a stream that raised, so that it looks delivered.
+    """
+
+    def __init__(self, iterator: AsyncIterator[Any], exchange: Exchange) -> None:
+        self._iterator = iterator
+        self._exchange = exchange
+
+    def __aiter__(self) -> "_Watched":
+        return self
+
+    async def __anext__(self) -> Any:
+        try:
+            return await self._iterator.__anext__()
+        except StopAsyncIteration:
+            raise
+        except BaseException:
+            self._exchange.broke()
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._iterator, name)
+
+
+def _request(exchange: Exchange) -> Request:
+    """A request for functions of an endpoint that takes none: headers, path and state; its body is gone."""
+
+    async def receive() -> Message:
+        raise RuntimeError(
+            "the framework has read this request's body already: name the endpoint's own argument instead"
+        )
+
+    return Request(exchange.scope, receive)
+
+
+def _is_async(endpoint: Callable[..., Any]) -> bool:
+    while isinstance(endpoint, functools.partial):
+        endpoint = endpoint.func
+    return inspect.iscoroutinefunction(endpoint) or inspect.iscoroutinefunction(
+        getattr(endpoint, "__call__", None)  # noqa: B004 - not whether, but how, it is called
+    )
+
+
+def _refuse(endpoint: Any) -> None:
+    """Refuse what cannot be metered, and say what to do instead.
+
+    Raises:
+        TypeError: It cannot.
+    """
+    name = getattr(endpoint, "__qualname__", repr(endpoint))
+    if isinstance(endpoint, staticmethod | classmethod):
+        raise TypeError(f"@metered goes below @{type(endpoint).__name__}, next to the function")
+    if inspect.isclass(endpoint):
+        raise TypeError(f"{name} is a class: put @metered on its methods (get, post, …) instead")
+    if not callable(endpoint):
+        raise TypeError(f"@metered goes on an endpoint function; this is {name}")
+    plain = inspect.unwrap(endpoint)
+    if inspect.isgeneratorfunction(plain) or inspect.isasyncgenfunction(plain):
+        raise TypeError(
+            f"{name} is a generator: its headers would go out before it runs, and before it is paid for."
+            " Return a stream instead:\n\n"
+            f"    @metered(…)\n    async def {getattr(endpoint, '__name__', 'endpoint')}(…):\n"
+            "        async def lines(): yield …\n"
+            '        return StreamingResponse(lines(), media_type="application/x-ndjson")'
+        )
+    if METERED in getattr(endpoint, "__dict__", {}):
+        raise TypeError(f"{name} is metered already")
+    if not hasattr(endpoint, "__dict__"):
+        raise TypeError(f"{name} is not a plain function: wrap it in one")
+    for parameter in Offer(endpoint).signature.parameters.values():
+        if is_kind(parameter.annotation, WebSocket):
+            raise TypeError(f"{name} serves a WebSocket, which cannot be metered: only a request can")

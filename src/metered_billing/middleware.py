@@ -1,0 +1,394 @@
+"""ASGI in, ASGI out: what a metered request's response reports is on record before its last byte goes out.
+
+The middleware holds configuration only; each request gets an `Exchange` of its own, found by the decorator
+through a context variable. Until the decorator has put a charge into it, it passes everything on. Routes
+are not resolved here and request bodies are not read: the framework has done both by then.
+"""
+
+import asyncio
+import re
+from collections.abc import Callable, MutableMapping
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from metered_billing import telemetry as names
+from metered_billing.biller import Biller, Charge
+from metered_billing.charge import Event, Reported, Unread
+from metered_billing.credits import Credits
+from metered_billing.journal import Journal
+from metered_billing.outcomes import (
+    LineReader,
+    Outcome,
+    Reader,
+    Report,
+    by_status,
+    count,
+    none_kept,
+    reader_for,
+)
+from metered_billing.outcomes import Path as JsonPath
+from metered_billing.problems import document
+from metered_billing.routes import check, unwrapped
+from metered_billing.runtime import Runtime
+from metered_billing.settings import Settings, open_credits, open_journal
+from metered_billing.telemetry import Telemetry
+
+T = TypeVar("T")
+OnDisconnect = Literal["refund", "keep"]
+OnUnavailable = Literal["reject"]
+
+SCOPE_KEY = "metered_billing"
+
+_VISIBLE = re.compile(r"[\x21-\x7e]{1,255}")
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+
+EXCHANGE: ContextVar["Exchange | None"] = ContextVar("metered_billing_exchange", default=None)
+
+
+class MeteredBillingMiddleware:
+    """Charges for the routes that are decorated with `@metered`.
+
+    Args:
+        app: The app inside.
+        credits: A URL (`http(s)://…`, `sqlite:///credits.db`) or a client such as `HttpCredits(…)`; by default
+            `METERED_BILLING_CREDITS`.
+        account: Says who pays: its parameters are chosen by name, `request` or an argument of the route, and it
+            returns an `Account` or None (401). Without it every route needs its own.
+        journal: The directory of the journal; by default `METERED_BILLING_JOURNAL`, then
+            `metered-billing-journal`.
+        on_disconnect: What happens to the charge when the client has left before the answer.
+        on_unavailable: What happens to requests while credits cannot be deducted; only "reject" (503) so far.
+        max_body_bytes: The longest response body that outcomes are read from.
+        drain_timeout_s: How long a shutdown waits for requests and refunds under way.
+        settings: Instead of the environment.
+
+    Raises:
+        ValueError, TypeError: A setting cannot be right; at start-up, for that is when Starlette makes it.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        credits: str | Credits | None = None,  # noqa: A002 - the field's word
+        account: Callable[..., Any] | None = None,
+        journal: str | Path | Journal | None = None,
+        on_disconnect: OnDisconnect = "refund",
+        on_unavailable: OnUnavailable = "reject",
+        max_body_bytes: int = 1 << 20,
+        drain_timeout_s: float = 5.0,
+        settings: Settings | None = None,
+        runtime: Runtime | None = None,
+        telemetry: Telemetry | None = None,
+    ) -> None:
+        settings = settings or Settings()
+        runtime = runtime or Runtime()
+        self.app = app
+        self.account = account
+        self.on_disconnect = checked_choice("on_disconnect", on_disconnect, OnDisconnect)
+        self.on_unavailable = checked_choice("on_unavailable", on_unavailable, OnUnavailable)
+        if max_body_bytes < 0 or drain_timeout_s < 0:
+            raise ValueError("max_body_bytes and drain_timeout_s cannot be below 0")
+        if account is not None and not callable(account):
+            raise TypeError(f"account must be a function that returns an Account; this is {account!r}")
+        self.max_body_bytes = max_body_bytes
+        self.drain_timeout_s = drain_timeout_s
+        self.telemetry = telemetry or Telemetry()
+        credits = settings.credits if credits is None else credits  # noqa: A001
+        if credits is None:
+            raise ValueError(
+                "MeteredBillingMiddleware does not know where credits are kept: give it credits=…, or set"
+                " METERED_BILLING_CREDITS (sqlite:///credits.db needs no service)"
+            )
+        if isinstance(credits, str):
+            credits = open_credits(credits, settings.token, runtime, self.telemetry)  # noqa: A001
+        journal = settings.journal if journal is None else journal
+        if isinstance(journal, str | Path):
+            journal = open_journal(journal, runtime)
+        self.biller = Biller(credits, journal, runtime=runtime, telemetry=self.telemetry)
+        self._checked = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                send = self._watching(scope, send)
+            await self.app(scope, receive, send)
+            return
+        if not self._checked:  # no lifespan has done it
+            self._check(scope)
+        exchange = Exchange(self, scope, receive, send)
+        scope[SCOPE_KEY] = exchange
+        # A dependency may put things on `request.state` of a copy of this scope, made further inside.
+        scope.setdefault("state", {})
+        token = EXCHANGE.set(exchange)
+        try:
+            await self.app(scope, receive, exchange.send)
+        except BaseException as error:
+            exchange.close(error)
+            raise
+        else:
+            exchange.close(None)
+        finally:
+            EXCHANGE.reset(token)
+
+    def _watching(self, scope: Scope, send: Send) -> Send:
+        async def watch(message: Message) -> None:
+            # An error here goes into the app's own lifespan, which ends it and reports that it has failed.
+            if message["type"] == "lifespan.startup.complete":
+                self._check(scope)
+                await self.biller.start()
+            elif message["type"].startswith("lifespan.shutdown."):
+                await self.biller.drain(self.drain_timeout_s)
+            await send(message)
+
+        return watch
+
+    def _check(self, scope: Scope) -> None:
+        app = scope.get("app") or unwrapped(self.app)
+        if app is not None:
+            check(app, self.account)
+            document(app)
+        self._checked = True
+
+
+class Exchange:
+    """One request and its response.
+
+    `send` is what the app sends through. It holds back the start of a response whose length is known, until
+    the outcome is: so that the headers can tell. It never holds back a stream.
+    """
+
+    __slots__ = (
+        "_billing",
+        "_broken",
+        "_held",
+        "_on_disconnect",
+        "_over",
+        "_path",
+        "_reader",
+        "_receive",
+        "_send",
+        "_started",
+        "_status",
+        "charge",
+        "raised",
+        "report",
+        "scope",
+    )
+
+    def __init__(self, billing: MeteredBillingMiddleware, scope: Scope, receive: Receive, send: Send) -> None:
+        self._billing = billing
+        self._receive = receive
+        self._send = send
+        self.scope = scope
+        self.charge: Charge | None = None
+
+    # For the decorator.
+
+    @property
+    def billing(self) -> MeteredBillingMiddleware:
+        return self._billing
+
+    @property
+    def request_id(self) -> str | None:
+        """The caller's `X-Request-ID`, where it is short and harmless enough to stand in a log."""
+        for name, value in self.scope["headers"]:
+            if name == b"x-request-id":
+                return value.decode("ascii") if _REQUEST_ID.fullmatch(value) else None
+        return None
+
+    def begin(self, charge: Charge, path: JsonPath | None, on_disconnect: OnDisconnect | None) -> None:
+        """From here on the response is watched.
+
+        Args:
+            path: What to read off its body, if not the default.
+        """
+        self._path = path
+        self._on_disconnect = on_disconnect or self._billing.on_disconnect
+        self._status = 0
+        self._reader: Reader | None = None
+        self._held: Message | None = None
+        self._started = False
+        self._over = False
+        self._broken = False
+        self.report: Report | None = None
+        self.raised: str | None = None
+        self.charge = charge
+
+    def broke(self) -> None:
+        """The response's own iterator raised: even if the response is completed, it is not whole."""
+        self._broken = True
+
+    # For the app.
+
+    async def send(self, message: Message) -> None:
+        if self.charge is None:
+            await self._send(message)
+        else:
+            await self._watch(message, self.charge)
+
+    async def _watch(self, message: Message, charge: Charge) -> None:
+        kind = message["type"]
+        if kind == "http.response.start":
+            await self._start(message, charge)
+        elif kind == "http.response.body":
+            if self._reader is not None:
+                self._reader.feed(message.get("body", b""))
+            if message.get("more_body", False):
+                await self._pass_on(message, charge)
+            else:
+                await self._last(message, charge)
+        elif kind == "http.response.pathsend":
+            await self._last(message, charge)
+        else:
+            await self._send(message)
+
+    async def _start(self, message: Message, charge: Charge) -> None:
+        self._status = message["status"]
+        headers = dict(message.get("headers", ()))
+        if self.report is None and self.raised is None and charge.amount_credits > 0:
+            self._reader = reader_for(
+                self._status,
+                _text(headers.get(b"content-type")),
+                _text(headers.get(b"content-encoding")),
+                self._path,
+                charge.paid,
+                self._billing.max_body_bytes,
+            )
+        self._held = message
+        if b"content-length" not in headers and self._status not in (204, 205, 304):
+            await self._release_start(charge, None)
+
+    async def _pass_on(self, message: Message, charge: Charge) -> None:
+        await self._release_start(charge, None)
+        await self._send(message)
+
+    async def _last(self, message: Message, charge: Charge) -> None:
+        # A stream that was left keeps what it has reported; any other answer was for nothing.
+        left = (
+            self._on_disconnect == "refund"
+            and not isinstance(self._reader, LineReader)
+            and charge.amount_credits > 0
+            and await _has_left(self._receive)
+        )
+        event = self._refund_all("the client left before the answer") if left else self._outcome(charge)
+        await self._billing.biller.conclude(charge, event)
+        await self._release_start(charge, event)
+        await self._send(message)
+        self._over = True
+        self._billing.biller.release(charge, event)
+
+    async def _release_start(self, charge: Charge, event: Event | None) -> None:
+        """Send the start, if it is held still, with the headers that can be known by now."""
+        if self._held is None:
+            return
+        start, self._held = self._held, None
+        if event is None and not 200 <= self._status < 400:
+            event = self._refund_all("")
+        self._started = True
+        await self._send({**start, "headers": [*start.get("headers", ()), *_headers(charge, event)]})
+
+    # What came of it.
+
+    def _outcome(self, charge: Charge, *, complete: bool = True) -> Event:
+        """The response's outcome, as an event for its charge."""
+        complete = complete and not self._broken
+        if charge.amount_credits == 0:
+            return Reported(0)
+        if not 200 <= self._status < 400:
+            return self._refund_all(f"status {self._status}")
+        if self.raised is not None:
+            return Unread(self.raised)
+        try:
+            if self.report is not None:
+                outcome = count(charge.paid, self.report, charge.said) if complete else none_kept(charge.paid)
+            elif self._reader is not None:
+                outcome = self._reader.finish(charge.said, complete=complete)
+            else:
+                outcome = by_status(self._status, charge.paid, charge.said)
+        except Exception as error:
+            # A bug in a reader of ours: as if the app's own had raised.
+            self._billing.telemetry.log(names.LOG_READER_RAISED, exc_info=error, charge_id=charge.id)
+            return Unread(f"reading the outcome raised {type(error).__name__}")
+        self._tell(charge, outcome)
+        reason = "failed items" if complete else "the stream broke off"
+        return Reported(outcome.kept_units * charge.paid.price, outcome.failed_items, reason)
+
+    def _refund_all(self, reason: str) -> Reported:
+        charge = self.charge
+        return Reported(0, () if charge is None else tuple(charge.paid.by_item or ()), reason)
+
+    def _tell(self, charge: Charge, outcome: Outcome) -> None:
+        for attribute, event, text in (
+            (names.MISMATCH, names.LOG_MISMATCH, outcome.mismatch),
+            (names.UNREADABLE, names.LOG_UNREADABLE, outcome.unreadable),
+        ):
+            if text is not None:
+                charge.note(attribute, text)
+                self._billing.telemetry.log(event, charge.record, reason=text, charge_id=charge.id)
+
+    def close(self, error: BaseException | None) -> None:
+        """The app is done with this request, one way or the other: settle what `_last` did not."""
+        charge = self.charge
+        if charge is None or self._over:
+            return
+        self._over = True
+        self._billing.biller.release(charge, self._unfinished(charge, error))
+
+    def _unfinished(self, charge: Charge, error: BaseException | None) -> Event:
+        """The outcome of a response whose last byte was not sent."""
+        if isinstance(self._reader, LineReader) and self._started:
+            return self._outcome(charge, complete=False)
+        if isinstance(error, asyncio.CancelledError):
+            return self._refund_all("cancelled")
+        if error is not None:
+            return self._refund_all(f"exception {type(error).__name__}")
+        # Starlette cancels the iterator of a client that has left, and returns.
+        if self._on_disconnect == "keep" and 200 <= self._status < 400 and not self._broken:
+            outcome = by_status(self._status, charge.paid, charge.said)
+            return Reported(outcome.kept_units * charge.paid.price, outcome.failed_items)
+        return self._refund_all("the client left before the answer")
+
+
+def _headers(charge: Charge, event: Event | None) -> list[tuple[bytes, bytes]]:
+    headers = [(b"credits-deducted", str(charge.amount_credits).encode())]
+    transaction_id = charge.transaction_id
+    if transaction_id is not None and _VISIBLE.fullmatch(transaction_id):
+        headers.append((b"credits-transaction-id", transaction_id.encode()))
+    if event is not None and charge.amount_credits > 0:
+        kept = event.kept_credits if isinstance(event, Reported) else charge.amount_credits
+        refunded = charge.amount_credits - kept
+        headers.append((b"credits-refunded", str(refunded).encode()))
+        if charge.balance is not None:
+            headers.append((b"credits-balance", str(charge.balance + refunded).encode()))
+    return headers
+
+
+async def _has_left(receive: Receive) -> bool:
+    """Whether the client has left, without waiting for it to."""
+    for _ in range(100):  # what is left of the request's body comes first
+        message: asyncio.Future[MutableMapping[str, Any]] = asyncio.ensure_future(receive())
+        try:
+            await asyncio.wait({message}, timeout=0)
+        finally:
+            if not message.done():
+                message.cancel()
+        if not message.done() or message.cancelled() or message.exception() is not None:
+            return False
+        if message.result()["type"] == "http.disconnect":
+            return True
+    return False
+
+
+def _text(header: bytes | None) -> str | None:
+    return None if header is None else header.decode("latin-1")
+
+
+def checked_choice(name: str, value: T, choices: Any) -> T:
+    """`value`, if it is one of a `Literal`'s."""
+    if value not in choices.__args__:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices.__args__))}; this is {value!r}")
+    return value

@@ -1,0 +1,71 @@
+"""Settings: what was not given in code comes from the environment, and becomes a client and a journal here."""
+
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+from pydantic import SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from metered_billing.credits import Credits
+from metered_billing.credits.http import HttpCredits
+from metered_billing.credits.sql import SqlCredits
+from metered_billing.journal import Journal
+from metered_billing.journal.sqlite import SqliteJournal
+from metered_billing.runtime import Runtime
+from metered_billing.telemetry import Telemetry
+
+SQLITE = "sqlite:///"
+
+
+class Settings(BaseSettings):
+    """What the middleware needs to know, each from `METERED_BILLING_<NAME>` where it is not given.
+
+    Attributes:
+        credits: Where credits are kept: `http(s)://…`, or `sqlite:///credits.db` for a ledger in this process.
+        token: The credits service's bearer token.
+        journal: The directory of the journal (a path, or `sqlite:///DIRECTORY`).
+    """
+
+    model_config = SettingsConfigDict(env_prefix="METERED_BILLING_", extra="ignore", frozen=True)
+
+    credits: str | None = None
+    token: SecretStr | None = None
+    journal: str = "metered-billing-journal"
+
+
+def open_credits(url: str, token: SecretStr | None, runtime: Runtime, telemetry: Telemetry) -> Credits:
+    """The client that a URL asks for; nothing is connected yet.
+
+    Raises:
+        ValueError: It is not a URL that credits can be had from.
+    """
+    scheme = url.partition(":")[0].lower()
+    if scheme in ("http", "https"):
+        return HttpCredits(url, token=token, runtime=runtime, telemetry=telemetry)
+    if url.startswith(SQLITE):
+        return SqlCredits(url, runtime=runtime)
+    raise ValueError(
+        f"credits must be an http(s):// or sqlite:/// URL, or a client such as HttpCredits; this is {_kind(url)}"
+    )
+
+
+def open_journal(place: str | Path, runtime: Runtime) -> Journal:
+    """The journal that a path or URL asks for; nothing is opened yet.
+
+    Raises:
+        ValueError: It is not a place that a journal can be kept in.
+    """
+    if isinstance(place, Path):
+        return SqliteJournal(place, runtime=runtime)
+    if place.startswith(SQLITE):
+        return SqliteJournal(unquote(place.removeprefix(SQLITE)), runtime=runtime)
+    if "://" in place or not place:
+        raise ValueError(f"journal must be a directory, or a sqlite:///DIRECTORY URL; this is {_kind(place)}")
+    return SqliteJournal(place, runtime=runtime)
+
+
+def _kind(url: str) -> str:
+    # Only the scheme: the rest may hold a password.
+    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*(?=://)", url)
+    return f"a {scheme[0]}:// URL" if scheme else "no URL"

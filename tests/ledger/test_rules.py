@@ -75,9 +75,7 @@ class TestDeduct:
         [{"amount": 11}, {"user_id": "bob"}, {"user_id": None}],
         ids=["amount", "user", "no user"],
     )
-    async def test_deduct_key_with_other_payload_is_refused(
-        self, ledger: Ledger, other: dict[str, Any]
-    ) -> None:
+    async def test_deduct_key_with_other_payload_is_refused(self, ledger: Ledger, other: dict[str, Any]) -> None:
         """The same key with another amount or account is a bug of the caller's, never a replay."""
         await deducted(ledger, 10)
         answer = await ledger.deduct(deduct(**{"amount": 10, **other}))
@@ -138,9 +136,7 @@ class TestRefund:
         assert await ledger.balance("acme", "alice") == 100
 
     @pytest.mark.parametrize("other", [{"amount": 3}, {"key": "charge-1"}], ids=["amount", "deduction's key"])
-    async def test_refund_key_with_other_payload_is_refused(
-        self, ledger: Ledger, other: dict[str, Any]
-    ) -> None:
+    async def test_refund_key_with_other_payload_is_refused(self, ledger: Ledger, other: dict[str, Any]) -> None:
         """One namespace of keys for all operations; the same key with another amount is refused."""
         transaction = (await deducted(ledger, 10)).body["transaction_id"]
         await ledger.refund(refund(transaction, 2))

@@ -177,9 +177,7 @@ class TestFile:
             await ledger.void(void())
         assert await ledger.balance("acme", "alice") == 100
 
-    async def test_storage_trouble_is_unavailable(
-        self, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    async def test_storage_trouble_is_unavailable(self, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
         """SQLite's errors come out as the ledger's own, and leave unknown what happened."""
         await ledger.start()
 
@@ -207,9 +205,7 @@ class TestConcurrency:
     async def test_concurrent_deductions_never_overdraw(self, ledger: Ledger) -> None:
         """500 at once on an account for 300 of them: 300 succeed, and the balance ends at zero."""
         await granted(ledger, 300)
-        answers = await asyncio.gather(
-            *(ledger.deduct(deduct(1, key=f"charge-{number}")) for number in range(500))
-        )
+        answers = await asyncio.gather(*(ledger.deduct(deduct(1, key=f"charge-{number}")) for number in range(500)))
         assert sorted(answer.status for answer in answers) == [201] * 300 + [402] * 200
         assert await ledger.balance("acme", "alice") == 0
 
@@ -294,9 +290,7 @@ class TestTransactions:
         assert await amounts("") == [3]
         assert await amounts(None) == [3, 2, 1]
 
-    @pytest.mark.parametrize(
-        "cursor", ["", "x", "*", "MQ==x", "LTE", "é", "\ud800", "OTk5OTk5OTk5OTk5OTk5OTk5OTk5"]
-    )
+    @pytest.mark.parametrize("cursor", ["", "x", "*", "MQ==x", "LTE", "é", "\ud800", "OTk5OTk5OTk5OTk5OTk5OTk5OTk5"])
     async def test_cursor_of_somebody_elses_making_is_refused(self, ledger: Ledger, cursor: str) -> None:
         """A ValueError that says so."""
         with pytest.raises(ValueError, match="cursor"):

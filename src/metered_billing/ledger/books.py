@@ -210,9 +210,7 @@ class SqliteBooks:
             (tenant_id, key, what.user_id or "", what.refunded, at),
         )
 
-    def page(
-        self, tenant_id: str, user_id: str | None, before: int | None, limit: int
-    ) -> list[tuple[int, Entry]]:
+    def page(self, tenant_id: str, user_id: str | None, before: int | None, limit: int) -> list[tuple[int, Entry]]:
         """Entries with their sequence numbers, newest first.
 
         Args:

@@ -163,11 +163,7 @@ def _deduct(books: Books, command: Deduct, stamp: Stamp) -> Answer:
 
 def _refund(books: Books, command: Refund, stamp: Stamp) -> Answer:
     deduction = books.entry(command.transaction_id)
-    if (
-        deduction is None
-        or deduction.kind != Deduct.kind
-        or command.only_tenant not in (None, deduction.tenant_id)
-    ):
+    if deduction is None or deduction.kind != Deduct.kind or command.only_tenant not in (None, deduction.tenant_id):
         return refused(answers.NOT_FOUND, "There is no deduction with this transaction id.")
     tenant_id, key = deduction.tenant_id, command.idempotency_key
     if (remembered := books.remembered(tenant_id, key)) is not None:
@@ -185,9 +181,7 @@ def _refund(books: Books, command: Refund, stamp: Stamp) -> Answer:
             refundable=left,
         )
     held = books.held(tenant_id, deduction.user_id)
-    entry = _give_back(
-        deduction, Refund.kind, key, command.amount, held, stamp, command.reason, command.items
-    )
+    entry = _give_back(deduction, Refund.kind, key, command.amount, held, stamp, command.reason, command.items)
     _move(books, entry, held)
     answer = Answer(
         201,

@@ -146,18 +146,14 @@ class Ledger:
         if not 1 <= limit <= MAX_PAGE:
             raise ValueError(f"limit must be 1 to {MAX_PAGE}")
         before = None if cursor is None else _position(cursor)
-        found = await self._run(
-            lambda books: books.page(tenant_id, user_id, before, limit + 1), durable=False
-        )
+        found = await self._run(lambda books: books.page(tenant_id, user_id, before, limit + 1), durable=False)
         page = found[:limit]
         return Page(
             tuple(entry_body(entry) for _, entry in page),
             _cursor(page[-1][0]) if len(found) > limit else None,
         )
 
-    async def transaction(
-        self, transaction_id: str, *, only_tenant: str | None = None
-    ) -> dict[str, Any] | None:
+    async def transaction(self, transaction_id: str, *, only_tenant: str | None = None) -> dict[str, Any] | None:
         """One entry with its refunds (and its void), oldest first; None if there is none.
 
         Args:
@@ -175,9 +171,7 @@ class Ledger:
 
     async def find(self, tenant_id: str, idempotency_key: str) -> str | None:
         """The transaction id of the deduction with this key, if it took credits; voided since or not."""
-        remembered = await self._run(
-            lambda books: books.remembered(tenant_id, idempotency_key), durable=False
-        )
+        remembered = await self._run(lambda books: books.remembered(tenant_id, idempotency_key), durable=False)
         if remembered is None or remembered.kind != Deduct.kind:
             return None
         return remembered.entry_id

@@ -60,9 +60,7 @@ class _Body(BaseModel):
 
 class _AccountBody(_Body):
     tenant_id: Id
-    user_id: Annotated[
-        Id | None, Field(description="Without one it is the tenant's shared pool that is meant.")
-    ] = None
+    user_id: Annotated[Id | None, Field(description="Without one it is the tenant's shared pool that is meant.")] = None
 
 
 class DeductionBody(_AccountBody):
@@ -163,9 +161,7 @@ class GrantBody(_AccountBody):
 
 
 class _Operation(BaseModel):
-    traceparent: Annotated[
-        str | None, Field(max_length=255, description="The operation's own trace (W3C).")
-    ] = None
+    traceparent: Annotated[str | None, Field(max_length=255, description="The operation's own trace (W3C).")] = None
 
     @property
     def carrier(self) -> Mapping[str, str]:

@@ -194,9 +194,7 @@ async def grant(
     response_model=answers.BalanceAnswer,
     responses=documented(*_COMMON, *_TENANT),
 )
-async def balance(
-    tenant_id: TenantId, access: TheAccess, ledger: TheLedger, user_id: UserId = None
-) -> Response:
+async def balance(tenant_id: TenantId, access: TheAccess, ledger: TheLedger, user_id: UserId = None) -> Response:
     """What an account holds, in credits."""
     _require_tenant(access, tenant_id)
     return JSONResponse({"balance": await ledger.balance(tenant_id, user_id or None)})

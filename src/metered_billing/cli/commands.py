@@ -1,0 +1,171 @@
+"""The commands: what each takes, does and prints."""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import uvicorn
+
+from metered_billing.charge import MAX_AMOUNT
+from metered_billing.cli import terminal
+from metered_billing.cli.failure import Failure
+from metered_billing.cli.source import Document, Source, open_source
+from metered_billing.credits.sql import sqlite_path
+from metered_billing.ledger import Ledger, LedgerError
+from metered_billing.ledger.store import MAX_PAGE
+from metered_billing.runtime import new_uuid7
+from metered_billing.service import InvalidTokens, Tokens, create_app
+
+GRACE_S = 10
+"""How long a stopping service waits for its last answers to go out."""
+
+app = typer.Typer(
+    help="Credits, prepaid: a service that keeps them, and a look into it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+CreditsUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--credits",
+        envvar="METERED_BILLING_CREDITS",
+        help="A running service (http://127.0.0.1:8080), or a ledger that none has open (sqlite:///credits.db).",
+    ),
+]
+Token = Annotated[
+    str | None,
+    typer.Option(envvar="METERED_BILLING_TOKEN", help="The service's token; grants need an admin's."),
+]
+Tenant = Annotated[str, typer.Option(help="Whose account.")]
+User = Annotated[str | None, typer.Option(help="The tenant's user; without one, its shared pool.")]
+AnyUser = Annotated[str | None, typer.Option(help="Only this user's; without one, all of the tenant's.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, as the credits API has it.")]
+
+
+@app.command()
+def serve(
+    database: Annotated[str, typer.Option(help="sqlite:///relative.db or sqlite:////absolute.db")] = (
+        "sqlite:///credits.db"
+    ),
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8080,
+    tokens_file: Annotated[
+        Path | None, typer.Option(help="A token a line: SECRET SCOPE. Else METERED_BILLING_TOKENS.")
+    ] = None,
+) -> None:
+    """Run the credits service over a ledger. Stop it with Ctrl-C."""
+    try:
+        tokens = Tokens.load(tokens_file)
+        ledger = Ledger(sqlite_path(database))
+    except InvalidTokens as error:
+        raise Failure(f"{error}.", 2) from None
+    except ValueError as error:
+        raise Failure(f"--database: {error}.", 2) from None
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(ledger, tokens),
+            host=host,
+            port=port,
+            timeout_graceful_shutdown=GRACE_S,
+            server_header=False,
+        )
+    )
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has finished its work before it raises this
+        asyncio.run(_serve(server, ledger))
+
+
+async def _serve(server: uvicorn.Server, ledger: Ledger) -> None:
+    try:
+        # Before uvicorn does, so that a ledger in use is a sentence and not a traceback.
+        await ledger.start()
+    except LedgerError as error:
+        raise Failure(f"{error}.") from None
+    try:
+        await server.serve()
+    finally:
+        await ledger.close()
+
+
+@app.command()
+def grant(
+    amount: Annotated[int, typer.Argument(min=1, max=MAX_AMOUNT, help="Whole credits.")],
+    tenant: Tenant,
+    reason: Annotated[str, typer.Option(help="Why, for whoever reads the ledger.")],
+    user: User = None,
+    key: Annotated[
+        str | None, typer.Option(help="The same key grants once. Without it, each run is a new grant.")
+    ] = None,
+    credits_url: CreditsUrl = None,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put credits into an account."""
+    own_key = key or f"cli-{new_uuid7()}"
+    try:
+        answer = _ask(credits_url, token, lambda source: source.grant(tenant, user, amount, reason, own_key))
+    except Failure as failure:
+        if not str(failure).startswith("No answer"):
+            raise
+        raise Failure(f"{failure} If in doubt, repeat it with --key {own_key}: that grants once.") from None
+    if as_json:
+        terminal.say_json(answer)
+    else:
+        held = terminal.credits_in_words(answer["balance"])
+        granted = terminal.credits_in_words(answer["amount"])
+        terminal.say(f"{terminal.account(tenant, user)}: {granted} granted, {held} now")
+
+
+@app.command()
+def balance(
+    tenant: Tenant,
+    user: User = None,
+    credits_url: CreditsUrl = None,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what an account holds."""
+    answer = _ask(credits_url, token, lambda source: source.balance(tenant, user))
+    if as_json:
+        terminal.say_json(answer)
+    else:
+        held = terminal.credits_in_words(answer["balance"])
+        terminal.say(f"{terminal.account(tenant, user)}: {held}")
+
+
+@app.command()
+def transactions(
+    tenant: Tenant,
+    user: AnyUser = None,
+    limit: Annotated[int, typer.Option(min=1, max=MAX_PAGE)] = 50,
+    credits_url: CreditsUrl = None,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what moved, newest first, with the refunds below their deductions."""
+    page = _ask(credits_url, token, lambda source: source.transactions(tenant, user, limit))
+    if as_json:
+        terminal.say_json(page)
+    elif page["items"]:
+        terminal.show_transactions(page["items"], more=page["next_cursor"] is not None)
+    else:
+        terminal.say(f"{tenant}: no transactions")
+
+
+def _ask(url: str | None, token: str | None, question: Callable[[Source], Awaitable[Document]]) -> Document:
+    if not url:
+        raise Failure("Say where the credits are: --credits URL, or METERED_BILLING_CREDITS.", 2)
+
+    async def ask() -> Document:
+        async with open_source(url, token) as source:
+            return await question(source)
+
+    try:
+        return asyncio.run(ask())
+    except (KeyError, TypeError) as error:
+        raise Failure(f"The answer is not a credits service's: {error!r}.") from None

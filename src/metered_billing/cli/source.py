@@ -1,0 +1,125 @@
+"""Where the commands find credits: a running service over HTTP, or a ledger file that is free."""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Protocol
+
+import httpx
+
+from metered_billing.cli.failure import Failure
+from metered_billing.credits.sql import sqlite_path
+from metered_billing.ledger import Grant, Ledger, LedgerError
+
+TIMEOUT_S = 10.0
+
+Document = Mapping[str, Any]
+
+
+class Source(Protocol):
+    """Each answers with the JSON of the credits API, or raises `Failure`."""
+
+    async def grant(self, tenant: str, user: str | None, amount: int, reason: str, key: str) -> Document: ...
+
+    async def balance(self, tenant: str, user: str | None) -> Document: ...
+
+    async def transactions(self, tenant: str, user: str | None, limit: int) -> Document: ...
+
+
+@asynccontextmanager
+async def open_source(url: str, token: str | None) -> AsyncIterator[Source]:
+    """The credits behind a URL.
+
+    Raises:
+        Failure: It is no URL of ours, or the ledger cannot be opened.
+    """
+    if url.startswith(("http://", "https://")):
+        async with _client(url, token) as client:
+            yield _Service(client)
+        return
+    if url.startswith(("postgresql:", "postgres:")):
+        raise Failure("The command line reaches a PostgreSQL ledger through its service: give that URL.", 2)
+    try:
+        ledger = Ledger(sqlite_path(url))
+    except ValueError as error:
+        raise Failure(f"{error}; or a service: http://127.0.0.1:8080", 2) from None
+    try:
+        await ledger.start()
+        yield _File(ledger)
+    except LedgerError as error:
+        raise Failure(f"{error}.") from None
+    finally:
+        await ledger.close()
+
+
+class _Service:
+    """A running credits service."""
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self._client = client
+
+    async def grant(self, tenant: str, user: str | None, amount: int, reason: str, key: str) -> Document:
+        body = {"tenant_id": tenant, "user_id": user, "amount": amount, "reason": reason}
+        return await self._call("POST", "/v1/grants", json=body, headers={"Idempotency-Key": key})
+
+    async def balance(self, tenant: str, user: str | None) -> Document:
+        return await self._call("GET", "/v1/balance", params=_params(tenant_id=tenant, user_id=user))
+
+    async def transactions(self, tenant: str, user: str | None, limit: int) -> Document:
+        params = _params(tenant_id=tenant, user_id=user, limit=limit)
+        return await self._call("GET", "/v1/transactions", params=params)
+
+    async def _call(self, method: str, path: str, **content: Any) -> Document:
+        base = self._client.base_url
+        where = f"{base.scheme}://{base.netloc.decode()}"  # without a password, if the URL has one
+        try:
+            response = await self._client.request(method, path, **content)
+        except httpx.TransportError as error:
+            raise Failure(f"No answer from {where}: {str(error) or type(error).__name__}.") from None
+        try:
+            document = response.json()
+        except (ValueError, RecursionError):
+            document = None
+        if not isinstance(document, dict):
+            raise Failure(f"{where} answers {response.status_code}, and not as a credits service does.")
+        if response.status_code == 401:
+            raise Failure(f"{where} does not accept the token: set METERED_BILLING_TOKEN or --token.")
+        if not response.is_success:
+            raise Failure(str(document.get("detail") or f"{where} answers {response.status_code}."))
+        return document
+
+
+class _File:
+    """A ledger that this process opens for a moment."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    async def grant(self, tenant: str, user: str | None, amount: int, reason: str, key: str) -> Document:
+        try:
+            command = Grant(idempotency_key=key, tenant_id=tenant, user_id=user, amount=amount, reason=reason)
+        except ValueError as error:
+            raise Failure(f"{error}.", 2) from None
+        answer = await self._ledger.grant(command)
+        if not answer.done:
+            raise Failure(str(answer.body["detail"]))
+        return answer.body
+
+    async def balance(self, tenant: str, user: str | None) -> Document:
+        return {"balance": await self._ledger.balance(tenant, user)}
+
+    async def transactions(self, tenant: str, user: str | None, limit: int) -> Document:
+        page = await self._ledger.transactions(tenant, user, limit=limit)
+        return {"items": page.items, "next_cursor": page.next_cursor}
+
+
+def _client(url: str, token: str | None) -> httpx.AsyncClient:
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    try:
+        # Credits do not travel through whatever proxy the environment names.
+        return httpx.AsyncClient(base_url=url, headers=headers, timeout=TIMEOUT_S, trust_env=False)
+    except (httpx.InvalidURL, UnicodeEncodeError):
+        raise Failure("The URL or the token has characters that cannot be sent.", 2) from None
+
+
+def _params(**values: str | int | None) -> dict[str, str | int]:
+    return {name: value for name, value in values.items() if value is not None}

@@ -57,10 +57,7 @@ async def create_products(body: CreateProducts, user: CurrentUser) -> ProductsCr
     """Cut out the pictures of products. Costs a credit an image; images that fail are refunded."""
     done = iter(await studio.cut_all(body.images))
     return ProductsCreated(
-        products=[
-            Product(name=group.name, images=[next(done) for _ in group.images])
-            for group in body.product_groups
-        ]
+        products=[Product(name=group.name, images=[next(done) for _ in group.images]) for group in body.product_groups]
     )
 
 

@@ -65,7 +65,7 @@ async def _until_stopped(app_port: int, credits_port: int) -> None:
         with suppress(asyncio.CancelledError):
             await demo
     finally:
-        say("\n· stopping (again: at once)")
+        say("\n· stopping (Ctrl-C again: at once)")
         _on_signals(partial(_kill, app, service))
         # The app first: it settles what it has begun, and needs the service for that.
         await app.stop()

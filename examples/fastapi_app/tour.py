@@ -22,9 +22,7 @@ class Tokens:
     admin: str = field(repr=False)
 
 
-async def grant(
-    http: httpx.AsyncClient, credits_url: str, tokens: Tokens, amounts: Mapping[str, int]
-) -> None:
+async def grant(http: httpx.AsyncClient, credits_url: str, tokens: Tokens, amounts: Mapping[str, int]) -> None:
     """Give each user the credits they start with; once, however often the demo is started on its files."""
     for user, amount in amounts.items():
         answer = await http.post(
@@ -62,6 +60,7 @@ def _show_pictures(body: dict[str, Any], say: Say) -> None:
 
 
 def _show_account(account: "Account", say: Say) -> None:
+    say("")
     say(f"  deducted {account.deducted:4}  before the work began")
     say(f"  refunded {account.refunded:4}  {', '.join(account.items)}")
     say(f"  cost     {account.deducted - account.refunded:4}")
@@ -70,9 +69,7 @@ def _show_account(account: "Account", say: Say) -> None:
 
 def explain(app_port: int, credits_port: int, say: Say) -> None:
     """Say what to do next."""
-    request = (
-        f"-H 'Content-Type: application/json' -d @.demo/request.json localhost:{app_port}/create-products"
-    )
+    request = f"-H 'Content-Type: application/json' -d @.demo/request.json localhost:{app_port}/create-products"
     say("")
     say(f"Open {_bold(f'http://localhost:{app_port}/')}, or in another shell, from this directory:")
     say("")
@@ -98,9 +95,7 @@ class Account:
     balance: int
 
 
-async def _account(
-    http: httpx.AsyncClient, credits_url: str, tokens: Tokens, said: Mapping[str, str]
-) -> Account:
+async def _account(http: httpx.AsyncClient, credits_url: str, tokens: Tokens, said: Mapping[str, str]) -> Account:
     transaction, due = said["Credits-Transaction-Id"], int(said.get("Credits-Refunded", "0"))
     headers = {"Authorization": f"Bearer {tokens.admin}"}
     # The refund goes out after the response: give it a moment.

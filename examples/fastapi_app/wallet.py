@@ -60,7 +60,5 @@ class Wallet:
             answer.raise_for_status()
             body: dict[str, Any] = answer.json()
         except (httpx.HTTPError, ValueError) as error:
-            raise HTTPException(
-                503, "The credits service gives no answer.", headers={"Retry-After": "5"}
-            ) from error
+            raise HTTPException(503, "The credits service gives no answer.", headers={"Retry-After": "5"}) from error
         return body

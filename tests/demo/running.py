@@ -60,11 +60,12 @@ class Demo:
     def start(self) -> None:
         """Run it, in a process group of its own, as a shell does."""
         ours = {name: value for name, value in os.environ.items() if not name.startswith("METERED_BILLING_")}
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         with self.output.open("w") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "examples.fastapi_app.run"],
                 cwd=self.folder,
-                env={**ours, "PYTHONPATH": str(ROOT), **self.settings},
+                env={**ours, "PYTHONPATH": path, **self.settings},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

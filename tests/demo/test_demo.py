@@ -187,9 +187,7 @@ def test_demo_credits_service_killed_comes_back_with_its_books(start: Start) -> 
     demo.says("the credits process is up again")
     before = 92 if answer.status_code == 503 else 84
     eventually(lambda: demo.balance() == before, 30, f"alice has {before}")
-    eventually(
-        lambda: demo.post("/create-products", ten_tiny_pictures()).status_code == 200, 20, "it works again"
-    )
+    eventually(lambda: demo.post("/create-products", ten_tiny_pictures()).status_code == 200, 20, "it works again")
     eventually(lambda: demo.balance() == before - 8, 10, "eight more are paid")
 
 
@@ -249,9 +247,7 @@ def test_demo_500_requests_at_64_leave_books_that_add_up(start: Start) -> None:
     """deducted = kept + refunded, to the credit, and as the responses said."""
     demo = start(**STUB)
     demo.up()
-    demo.credits(
-        "/v1/grants", {"tenant_id": "demo", "user_id": "alice", "amount": 10_000, "reason": "a load test"}
-    )
+    demo.credits("/v1/grants", {"tenant_id": "demo", "user_id": "alice", "amount": 10_000, "reason": "a load test"})
     kept = asyncio.run(_load(demo, requests=500, at_once=64))
     assert kept == 500 * 8
     eventually(lambda: demo.balance() == 10_100 - kept, 60, "the refunds have arrived")
@@ -271,9 +267,7 @@ async def _load(demo: Demo, *, requests: int, at_once: int) -> int:
         # A client each: one shared pool of 64 connections costs more than the app does.
         async with httpx.AsyncClient(trust_env=False, timeout=60) as http:
             for _ in left:
-                answer = await http.post(
-                    f"http://127.0.0.1:{demo.port}/create-products", content=body, headers=headers
-                )
+                answer = await http.post(f"http://127.0.0.1:{demo.port}/create-products", content=body, headers=headers)
                 assert answer.status_code == 200, answer.text
                 for product in answer.json()["products"]:
                     kept += sum(image["status"] == "succeeded" for image in product["images"])

@@ -61,9 +61,7 @@ async def test_keep_running_killed_process_is_started_again(tmp_path: Path, http
     assert not server.pid_file.exists()
 
 
-async def test_keep_running_process_that_dies_at_once_is_given_pauses(
-    tmp_path: Path, http: httpx.AsyncClient
-) -> None:
+async def test_keep_running_process_that_dies_at_once_is_given_pauses(tmp_path: Path, http: httpx.AsyncClient) -> None:
     """It is started again a little later each time, not as fast as the machine can."""
     server, said = process(tmp_path, [sys.executable, "-c", "raise SystemExit(3)"]), list[str]()
     server.start()

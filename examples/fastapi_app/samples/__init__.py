@@ -20,8 +20,7 @@ def sample_request() -> dict[str, Any]:
     """The body, ready for JSON. The id of a picture is its file's name without `.jpg`."""
     return {
         "product_groups": [
-            {"name": name, "images": [_image(_HERE / file) for file in files]}
-            for name, files in GROUPS.items()
+            {"name": name, "images": [_image(_HERE / file) for file in files]} for name, files in GROUPS.items()
         ]
     }
 

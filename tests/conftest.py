@@ -1,9 +1,21 @@
 """What all tests share."""
 
+from collections.abc import AsyncIterator
+from pathlib import Path
+
 import pytest
+
+from tests.stand import Stand, stand
 
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     """asyncio alone: the library is built on it."""
     return "asyncio"
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Stand]:
+    """Credits, a journal and telemetry to try an app on."""
+    async with stand(tmp_path) as bench:
+        yield bench

@@ -105,8 +105,7 @@ def cost_of(value: object, *, price: object = 1) -> Paid:
     if not isinstance(value, Mapping):
         if not isinstance(value, int):
             raise TypeError(
-                "cost must be a whole number of units, or a mapping of item id to units; "
-                f"this is {described(value)}"
+                f"cost must be a whole number of units, or a mapping of item id to units; this is {described(value)}"
             )
         return Paid(whole_number("cost", value), None, price)
     by_item: dict[str, int] = {}

@@ -48,8 +48,8 @@ class Path:
         try:
             return [entry(node.value) for node in self._query.finditer(value)]  # type: ignore[arg-type]
         except Exception as error:
-            # Most likely a RecursionError, the library's own or Python's. Whatever it is, it says that this
-            # body is beyond us, and that must not cost the client the response.
+            # A RecursionError, the library's or Python's; a UnicodeEncodeError, where half a surrogate pair is
+            # matched. Whatever it is, this body is beyond us, and that must not cost the client the response.
             raise Unreadable(f"the path cannot be applied: {type(error).__name__}") from error
 
 

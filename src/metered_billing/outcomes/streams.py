@@ -24,9 +24,12 @@ LINES = frozenset(
     }
 )
 
-_BOMB = 1 << 24
-"""The most bytes that one chunk may inflate to. zlib itself holds back up to 4 MiB before it writes a chunk
-(16,384 symbols of 258 bytes), so that honest chunks of a repetitive stream come near."""
+_BOMB = 1 << 23
+"""The most bytes that one chunk may inflate to: twice what zlib itself holds back of a repetitive stream
+before it writes a chunk (16,384 symbols of up to 258 bytes)."""
+
+_STARTS = frozenset(b'{["-0123456789tfn \t\r\xef')
+"""How JSON can start, white space and a byte order mark included. Trying is dear where it fails."""
 
 
 class LineReader:
@@ -99,6 +102,8 @@ class LineReader:
         for line in lines:
             if line is None:
                 self._unreadable = f"a line of more than {self._splitter.max_bytes} bytes"
+                continue
+            if not line or line[0] not in _STARTS:
                 continue
             try:
                 for item, ok in self._entries(read_json(line)):

@@ -163,6 +163,11 @@ class Terms:
                 f"{self._name} is metered, but this app has no MeteredBillingMiddleware, or this is no request;"
                 " the plain function is its __wrapped__"
             )
+        if exchange.charge is not None:
+            raise BillingMisconfigured(
+                f"{self._name} was called within a request that is charged for already, or from a task that it"
+                " left behind; a request is charged once: call the plain function, its __wrapped__"
+            )
         arguments = self.offer.bind(args, kwargs)
         request = self.offer.request(arguments, lambda: _request(exchange))
         try:
@@ -196,8 +201,6 @@ class Terms:
             HTTPException: What the app's own functions raised.
         """
         billing = exchange.billing
-        if exchange.charge is not None:
-            raise BillingMisconfigured(f"{self._name}: one request can be charged once, and this one was already")
         paid = await self._priced(arguments, request)
         account = await self._payer(billing.account, arguments, request)
         if paid.amount_credits == 0:

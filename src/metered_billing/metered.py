@@ -265,7 +265,7 @@ class Terms:
 
 
 class _Watched:
-    """A response's body iterator that tells when it raises or is given up.
+    """A response's body iterator that tells when it raises.
 
     An inner `BaseHTTPMiddleware` completes the body of a stream that raised, so that it looks delivered.
     """
@@ -282,7 +282,7 @@ class _Watched:
             return await self._iterator.__anext__()
         except StopAsyncIteration:
             raise
-        except BaseException:
+        except Exception:  # a cancellation is a client that left, which shows in other ways
             self._exchange.broke()
             raise
 

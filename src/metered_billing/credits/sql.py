@@ -1,8 +1,11 @@
 """The ledger in this process, as credits: no service, no network, one SQLite file."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from metered_billing.charge import (
+    MAX_ID_LENGTH,
     AlreadyVoided,
     Declined,
     DeductAnswer,
@@ -36,6 +39,8 @@ from metered_billing.ledger.commands import MAX_ITEMS, MAX_REASON_LENGTH
 from metered_billing.runtime import Runtime
 
 _SCHEME = "sqlite:///"
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 class SqlCredits:
@@ -103,7 +108,7 @@ class SqlCredits:
                     transaction_id=record.transaction_id or "",
                     amount=record.refund_credits,
                     reason=_readable(record.reason or "refund"),
-                    items=record.refund_items[:MAX_ITEMS],
+                    items=_storable(record.refund_items),
                     only_tenant=record.account.tenant_id,
                 )
             )
@@ -190,9 +195,16 @@ def sqlite_path(url: str | Path) -> Path:
     return Path(text)
 
 
+# A refund must not fail for the words that explain it: an exception's text, or ids out of a response.
+
+
 def _readable(reason: str) -> str:
-    # A refund must not fail for the words that explain it (an exception's text, say).
-    return reason.replace("\x00", " ").encode(errors="replace").decode()[:MAX_REASON_LENGTH]
+    return reason.replace("\x00", "?").encode(errors="replace").decode()[:MAX_REASON_LENGTH]
+
+
+def _storable(items: Sequence[str]) -> tuple[str, ...]:
+    readable = (_CONTROL.sub("?", _readable(item))[:MAX_ID_LENGTH] for item in items[:MAX_ITEMS])
+    return tuple(item for item in readable if item)
 
 
 def _why(answer: Answer) -> str:

@@ -1,0 +1,259 @@
+"""The command line, as people run it: what it prints, what it does, and how it ends."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from metered_billing import cli
+from metered_billing.cli import terminal
+
+ADMIN = {"Authorization": "Bearer admins"}
+
+
+class Run:
+    """The outcome of a command."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+    """Run a command in this process, in an empty directory and environment."""
+    for name in [name for name in os.environ if name.startswith("METERED_BILLING")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str, **environment: str) -> Run:
+        monkeypatch.setattr(sys, "argv", ["metered-billing", *arguments])
+        with monkeypatch.context() as patched:
+            for name, value in environment.items():
+                patched.setenv(f"METERED_BILLING_{name}", value)
+            with pytest.raises(SystemExit) as left:
+                cli.main()
+        captured = capsys.readouterr()
+        return Run(int(left.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`metered-billing serve`, in a process of its own; its URL."""
+    directory = tmp_path_factory.mktemp("served")
+    with start_service(directory) as (_, url):
+        yield url
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class start_service:  # noqa: N801  (it is used as a function)
+    """Start `serve`, wait until it is well, kill it afterwards."""
+
+    def __init__(self, directory: Path) -> None:
+        self.port = free_port()
+        self.directory = directory
+
+    def __enter__(self) -> tuple[subprocess.Popen[str], str]:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "from metered_billing.cli import main; main()", "serve", "--port", str(self.port)],
+            cwd=self.directory,
+            env={**os.environ, "METERED_BILLING_TOKENS": "admins=admin,acmes=tenant:acme"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        url = f"http://127.0.0.1:{self.port}"
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                if httpx.get(f"{url}/healthz", trust_env=False).is_success:
+                    return self.process, url
+            except httpx.TransportError:
+                if time.monotonic() > deadline or self.process.poll() is not None:
+                    self.process.kill()
+                    raise RuntimeError(self.process.communicate()[0]) from None
+                time.sleep(0.05)
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def call(url: str, path: str, key: str, **body: Any) -> dict[str, Any]:
+    headers = {**ADMIN, "Idempotency-Key": key}
+    response = httpx.post(f"{url}{path}", json=body, headers=headers, trust_env=False)
+    assert response.is_success, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+@pytest.mark.slow
+class TestService:
+    def test_grant_then_balance_then_transactions(self, run: Any, served: str) -> None:
+        """A person grants, looks, and sees the refund below its deduction."""
+        where = {"CREDITS": served, "TOKEN": "admins"}
+        granted = run("grant", "--tenant", "demo", "--user", "alice", "--reason", "welcome", "100", **where)
+        assert (granted.code, granted.out) == (0, "demo / alice: 100 credits granted, 100 credits now\n")
+        account = {"tenant_id": "demo", "user_id": "alice"}
+        deduction = call(served, "/v1/deductions", "charge-1", amount=10, **account)
+        path = f"/v1/deductions/{deduction['transaction_id']}/refunds"
+        call(served, path, "charge-1:refund", amount=2, reason="failed items", items=["img-3"])
+        call(served, "/v1/deductions", "charge-2", amount=1, **account)
+        assert run("balance", "--tenant", "demo", "--user", "alice", **where).out == "demo / alice: 91 credits\n"
+        lines = run("transactions", "--tenant", "demo", **where).out.splitlines()
+        assert [re.split(r"  +", line.strip())[1:3] for line in lines[1:]] == [
+            ["deduction", "alice"],
+            ["deduction", "alice"],
+            ["└ refund", "alice"],
+            ["grant", "alice"],
+        ]
+        assert "failed items; img-3" in lines[3]
+        document = json.loads(run("transactions", "--tenant", "demo", "--limit", "1", "--json", **where).out)
+        assert [entry["idempotency_key"] for entry in document["items"]] == ["charge-2"]
+        assert "older" in run("transactions", "--tenant", "demo", "--limit", "1", **where).out
+
+    def test_grant_with_a_key_grants_once(self, run: Any, served: str) -> None:
+        """For scripts, that may run twice."""
+        grant = ["grant", "--tenant", "once", "--reason", "x", "--key", "invoice-7", "5"]
+        for _ in range(2):
+            assert run(*grant, "--credits", served, "--token", "admins").code == 0
+        balance = run("balance", "--tenant", "once", "--json", "--credits", served, "--token", "admins")
+        assert json.loads(balance.out) == {"balance": 5}
+
+    @pytest.mark.parametrize(
+        ("token", "sentence"), [("nonsense", "does not accept the token"), ("acmes", "needs an admin token")]
+    )
+    def test_refusal_is_one_sentence(self, run: Any, served: str, token: str, sentence: str) -> None:
+        """Exit code 1, nothing on stdout, no traceback, and the token nowhere."""
+        done = run("grant", "--tenant", "acme", "--reason", "x", "5", CREDITS=served, TOKEN=token)
+        assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
+        assert sentence in done.err
+        assert token not in done.err
+
+    def test_ledger_of_a_running_service_is_in_use(self, tmp_path: Path, run: Any) -> None:
+        """A second `serve` and a direct look are refused, with a hint, until the first has stopped."""
+        with start_service(tmp_path) as (process, url):
+            call(url, "/v1/grants", "g", tenant_id="acme", amount=7, reason="x")
+            for command in (["serve"], ["balance", "--tenant", "acme"]):
+                done = run(*command, TOKENS="t=*", CREDITS="sqlite:///credits.db")
+                assert done.code == 1
+                assert "in use by process" in done.err
+                assert "metered-billing serve" in done.err
+                assert "Traceback" not in done.err
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 0
+        done = run("balance", "--tenant", "acme", CREDITS="sqlite:///credits.db")
+        assert done.out == "acme (shared pool): 7 credits\n"
+
+
+class TestFile:
+    def test_file_without_a_service(self, run: Any) -> None:
+        """The same commands on a ledger that nobody else has open."""
+        file = {"CREDITS": "sqlite:///credits.db"}
+        assert run("transactions", "--tenant", "acme", **file).out == "acme: no transactions\n"
+        assert run("grant", "--tenant", "acme", "--reason", "x", "1", **file).out.endswith("1 credit now\n")
+        assert run("balance", "--tenant", "acme", **file).out == "acme (shared pool): 1 credit\n"
+        too_much = run("grant", "--tenant", "acme", "--reason", "x", str(2**53 - 1), **file)
+        assert (too_much.code, "in its life" in too_much.err) == (1, True)
+
+    @pytest.mark.parametrize("command", ["balance", "transactions"])
+    def test_file_that_cannot_be_opened(self, run: Any, command: str) -> None:
+        """One sentence, exit code 1."""
+        done = run(command, "--tenant", "acme", "--credits", "sqlite:///no/such/credits.db")
+        assert (done.code, done.err.count("\n")) == (1, 1)
+        assert "No such file" in done.err
+
+
+class TestUsage:
+    @pytest.mark.parametrize(
+        ("arguments", "sentence"),
+        [
+            (["balance", "--tenant", "acme"], "Say where the credits are"),
+            (["balance", "--tenant", "acme", "--credits", "ftp://x"], "not a SQLite ledger"),
+            (["balance", "--tenant", "acme", "--credits", "postgresql://x"], "through its service"),
+            (["balance", "--tenant", "acme", "--credits", "http://x:y"], "cannot be sent"),
+            (["balance", "--tenant", "acme", "--credits", "http://x", "--token", "é"], "cannot be sent"),
+            (["grant", "--tenant", "a\nb", "--reason", "x", "1", "--credits", "sqlite:///c.db"], "tenant_id"),
+            (["grant", "--tenant", "acme", "--reason", "x", "0", "--credits", "sqlite:///c.db"], "amount"),
+            (["grant", "--tenant", "acme", "--reason", "x", "1.5", "--credits", "sqlite:///c.db"], "amount"),
+            (["balance"], "--tenant"),
+            (["dance"], "dance"),
+            (["serve"], 'METERED_BILLING_TOKENS="SECRET=admin"'),
+            (["serve", "--tokens-file", "nope"], "No such file"),
+            (["serve", "--port", "70000"], "port"),
+        ],
+    )
+    def test_asked_for_wrongly(self, run: Any, arguments: list[str], sentence: str) -> None:
+        """Exit code 2, and what is wrong."""
+        done = run(*arguments)
+        assert (done.code, done.out) == (2, "")
+        assert sentence in done.err
+        assert "Traceback" not in done.err
+
+    def test_serve_on_postgresql_says_what_it_can(self, run: Any) -> None:
+        """Until there is such a ledger."""
+        done = run("serve", "--database", "postgresql://x", TOKENS="t=*")
+        assert (done.code, "sqlite:///" in done.err) == (2, True)
+
+    def test_service_that_is_not_there(self, run: Any) -> None:
+        """Exit code 1. For a grant: how to repeat it without granting twice."""
+        nobody = f"http://127.0.0.1:{free_port()}"
+        done = run("balance", "--tenant", "acme", CREDITS=nobody)
+        assert (done.code, done.err.startswith(f"metered-billing: No answer from {nobody}")) == (1, True)
+        done = run("grant", "--tenant", "acme", "--reason", "x", "5", CREDITS=nobody)
+        assert re.search(r"repeat it with --key cli-[-0-9a-f]{36}", done.err)
+
+    def test_missing_extra_is_one_sentence(self, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It says what to install."""
+        for module in [name for name in sys.modules if name.startswith("metered_billing.cli.")]:
+            monkeypatch.delitem(sys.modules, module)
+        monkeypatch.setitem(sys.modules, "typer", None)
+        done = run("serve")
+        assert done.code == 1
+        assert "pip install 'metered-billing[service]'" in done.err
+
+
+class TestTerminal:
+    def test_text_from_elsewhere_is_not_obeyed(self, run: Any) -> None:
+        """Neither escape sequences nor rich's own markup, in the table, in sentences, or in JSON."""
+        evil = "\x1b[2J\x9b31m[bold]\u202e\u2028\r\x07 :smile: [link=x]"
+        file = {"CREDITS": "sqlite:///credits.db"}
+        run("grant", "--tenant", "acme", "--user", "\u202eecila", "--reason", evil, "1", **file)
+        for options in ([], ["--json"]):
+            out = run("transactions", "--tenant", "acme", *options, **file).out
+            assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\u2028]", out)
+            assert "[bold]" in out
+            assert ":smile: [link=x]" in out
+        assert "\u202e" not in run("balance", "--tenant", "acme", "--user", "\u202eecila", **file).out
+
+    def test_refund_without_its_deduction_stands_alone(self) -> None:
+        """Where the page ends between the two."""
+
+        def entry(kind: str, name: str, transaction: str) -> dict[str, str]:
+            return {"id": name, "kind": kind, "transaction_id": transaction}
+
+        void, lost = entry("void", "v", "d"), entry("refund", "r2", "older")
+        refund, deduction = entry("refund", "r1", "d"), entry("deduction", "d", "d")
+        assert terminal.arranged([void, lost, refund, deduction]) == [
+            (lost, False),
+            (deduction, False),
+            (refund, True),
+            (void, True),
+        ]

@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("PIL", reason="Pillow is not installed: `make .venv/.demo`")
 
+from examples.fastapi_app.users import User
 from examples.fastapi_app.wallet import Wallet
 from fastapi import FastAPI
 from PIL import Image
@@ -234,6 +235,23 @@ async def test_me_service_down_is_503(demo: Demo) -> None:
         answer = await demo.http.get("/me", headers=ALICE)
     assert answer.status_code == 503
     assert int(answer.headers["Retry-After"]) > 0
+
+
+async def test_wallet_refund_in_between_is_never_listed_and_not_counted() -> None:
+    """Whoever sees a refund in the list sees it in the balance too."""
+    asked = 0
+
+    def service(request: httpx.Request) -> httpx.Response:
+        nonlocal asked
+        asked += 1
+        arrived = asked > 1  # between the two questions
+        if request.url.path == "/v1/balance":
+            return httpx.Response(200, json={"balance": 92 if arrived else 90})
+        return httpx.Response(200, json={"items": [{"kind": "refund"}] if arrived else [], "next_cursor": None})
+
+    async with httpx.AsyncClient(transport=httpx.MockTransport(service), base_url="http://credits") as client:
+        statement = await Wallet(client).statement(User(tenant_id="demo", user_id="alice"))
+    assert statement.balance == 92 or not statement.transactions
 
 
 async def test_index_page_loads_nothing_from_elsewhere(demo: Demo) -> None:

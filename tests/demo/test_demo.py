@@ -191,6 +191,51 @@ def test_demo_credits_service_killed_comes_back_with_its_books(start: Start) -> 
     eventually(lambda: demo.balance() == before - 8, 10, "eight more are paid")
 
 
+def test_demo_credits_service_gone_is_503_and_then_at_once(start: Start) -> None:
+    """Without the service: 503 with Retry-After within 6 s; once the circuit is open, within 50 ms."""
+    demo = start(**STUB)
+    demo.up()
+    demo.process.send_signal(signal.SIGSTOP)  # so that nobody starts it again for now
+    os.kill(demo.pid("credits"), signal.SIGKILL)
+    took_s = []
+    with httpx.Client(trust_env=False, timeout=60) as http:
+        for _ in range(12):
+            begun = time.monotonic()
+            answer = http.post(
+                f"http://127.0.0.1:{demo.port}/create-products",
+                json=ten_tiny_pictures(),
+                headers={"Authorization": "Bearer demo"},
+            )
+            took_s.append(time.monotonic() - begun)
+            assert answer.status_code == 503
+            assert answer.json()["type"] == "urn:metered-billing:credits-unavailable"
+            assert int(answer.headers["Retry-After"]) > 0
+    assert max(took_s) < 6
+    assert min(took_s) < 0.05
+    demo.process.send_signal(signal.SIGCONT)
+    demo.says("the credits process is up again")
+    eventually(lambda: demo.post("/create-products", ten_tiny_pictures()).status_code == 200, 30, "it works again")
+    eventually(lambda: demo.balance() == 92, 30, "only what was answered with 200 is paid for")
+
+
+def test_demo_credits_service_hung_takes_nothing(start: Start) -> None:
+    """A service that takes the call and never answers: 503 within 6 s, and whatever it did is undone later."""
+    demo = start(**STUB)
+    demo.up()
+    service = demo.pid("credits")
+    os.kill(service, signal.SIGSTOP)
+    begun = time.monotonic()
+    answer = demo.post("/create-products", ten_tiny_pictures())
+    assert time.monotonic() - begun < 6
+    assert answer.status_code == 503
+    os.kill(service, signal.SIGCONT)
+    # The hung service may yet find the deduction in its socket: then it is voided.
+    app_log = demo.folder / ".demo" / "app.log"
+    eventually(lambda: "credits.voided" in app_log.read_text(), 30, "the void")
+    assert demo.balance() == 100
+    assert demo.post("/create-products", ten_tiny_pictures()).status_code == 200
+
+
 def test_demo_kept_files_go_on_and_grant_nothing_again(start: Start) -> None:
     """With KEEP=1 the accounts are as they were left; without it everything begins anew."""
     demo = start(**STUB)

@@ -235,10 +235,10 @@ class Exchange:
         if kind == "http.response.start":
             await self._start(message, charge)
         elif kind == "http.response.body":
-            if self._reader is not None:
-                self._reader.feed(message.get("body", b""))
+            self._feed(message.get("body", b""), charge)
             if message.get("more_body", False):
-                await self._pass_on(message, charge)
+                await self._release_start(charge, None)
+                await self._send(message)
             else:
                 await self._last(message, charge)
         elif kind == "http.response.pathsend":
@@ -262,9 +262,19 @@ class Exchange:
         if b"content-length" not in headers and self._status not in (204, 205, 304):
             await self._release_start(charge, None)
 
-    async def _pass_on(self, message: Message, charge: Charge) -> None:
-        await self._release_start(charge, None)
-        await self._send(message)
+    def _feed(self, chunk: bytes, charge: Charge) -> None:
+        if self._reader is None:
+            return
+        try:
+            self._reader.feed(chunk)
+        except Exception as error:
+            self._reader_raised(charge, error)
+
+    def _reader_raised(self, charge: Charge, error: Exception) -> None:
+        # A bug in a reader of ours: as if the app's own had raised. The response is not to suffer.
+        self._reader = None
+        self.raised = f"reading the outcome raised {type(error).__name__}"
+        self._billing.telemetry.log(names.LOG_READER_RAISED, charge.record, exc_info=error)
 
     async def _last(self, message: Message, charge: Charge) -> None:
         # A stream that was left keeps what it has reported; any other answer was for nothing.
@@ -300,22 +310,22 @@ class Exchange:
             return Reported(0)
         if not 200 <= self._status < 400:
             return self._refund_all(f"status {self._status}")
+        try:
+            outcome = self._read(charge, complete)
+        except Exception as error:
+            self._reader_raised(charge, error)
         if self.raised is not None:
             return Unread(self.raised)
-        try:
-            if self.report is not None:
-                outcome = count(charge.paid, self.report, charge.said) if complete else none_kept(charge.paid)
-            elif self._reader is not None:
-                outcome = self._reader.finish(charge.said, complete=complete)
-            else:
-                outcome = by_status(self._status, charge.paid, charge.said)
-        except Exception as error:
-            # A bug in a reader of ours: as if the app's own had raised.
-            self._billing.telemetry.log(names.LOG_READER_RAISED, exc_info=error, charge_id=charge.id)
-            return Unread(f"reading the outcome raised {type(error).__name__}")
         self._tell(charge, outcome)
         reason = "failed items" if complete else "the stream broke off"
         return Reported(outcome.kept_units * charge.paid.price, outcome.failed_items, reason)
+
+    def _read(self, charge: Charge, complete: bool) -> Outcome:
+        if self.report is not None and complete:
+            return count(charge.paid, self.report, charge.said)
+        if self._reader is not None:
+            return self._reader.finish(charge.said, complete=complete)
+        return none_kept(charge.paid)
 
     def _refund_all(self, reason: str) -> Reported:
         charge = self.charge

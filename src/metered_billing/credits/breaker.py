@@ -99,6 +99,28 @@ class Breaker:
                 self._opened_at = self._monotonic()
 
 
+class RetryBudget:
+    """Retries that a burst of failures may add: a tenth of the calls, and a few to begin with.
+
+    Without it every client triples its calls just when the service can bear them least.
+    """
+
+    def __init__(self, share: float = 0.1, reserve: float = 20.0) -> None:
+        self._share = share
+        self._reserve = reserve
+        self._left = reserve
+
+    def called(self) -> None:
+        self._left = min(self._left + self._share, self._reserve)
+
+    def take(self) -> bool:
+        """One retry, if there is one left."""
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
 def _fail() -> None:
     raise _Failed
 

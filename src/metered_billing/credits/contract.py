@@ -5,10 +5,11 @@ and fields gets a subclass of `Contract` that overrides the few methods that dif
 See docs/reference/credits-api.md and docs/reference/answers.md.
 """
 
+import email.utils
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,6 +21,7 @@ from metered_billing.charge import (
     Declined,
     DeductAnswer,
     Deducted,
+    FindAnswer,
     Found,
     NotFound,
     NoVoid,
@@ -36,6 +38,14 @@ from metered_billing.errors import TYPE_PREFIX
 
 RETRIED = frozenset({408, 425, 429})
 """Answers that ask for patience."""
+
+NO_ROUTE = frozenset({"no-such-route", "method-not-allowed"})
+"""Problems that the reference service has for a wrong address: no more of a refusal than a proxy's 404."""
+
+MAX_REASON_LENGTH = 255
+
+MAX_PATIENCE_S = 3600.0
+"""How long the service may ask us to wait. A slip in its Retry-After must not put off a refund for years."""
 
 M = TypeVar("M", bound=BaseModel)
 Params = Mapping[str, str | int]
@@ -62,7 +72,11 @@ class Reply:
 
     @property
     def problem(self) -> str | None:
-        """The NAME of a problem of this contract, or None: then it may be a proxy that speaks."""
+        """The NAME of a problem of this contract, or None: then it may be a proxy that speaks, or a wrong address."""
+        return None if self._name in NO_ROUTE else self._name
+
+    @property
+    def _name(self) -> str | None:
         if not self.headers.get("content-type", "").lower().startswith("application/problem+json"):
             return None
         kind = self.body.get("type") if isinstance(self.body, dict) else None
@@ -71,7 +85,7 @@ class Reply:
         return None
 
     def __str__(self) -> str:
-        return f"HTTP {self.status}" + (f" {self.problem}" if self.problem else "")
+        return f"HTTP {self.status}" + (f" {self._name[:100]}" if self._name else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,17 +106,26 @@ class _Answer(BaseModel):
 
 class _DeductionAnswer(_Answer):
     transaction_id: Name
+    tenant_id: str | None = None
     amount: Credits
     balance: Credits | None = None
 
 
 class _RefundAnswer(_Answer):
-    refund_id: Name | None = None
+    refund_id: Name
+    transaction_id: str | None = None
+    amount: Credits
     balance: Credits | None = None
 
 
 class _VoidAnswer(_Answer):
+    status: Literal["voided"]
     refunded: Credits = 0
+
+
+class _Entry(_Answer):
+    id: Name | None = None
+    transaction_id: Name | None = None
 
 
 class _PageAnswer(_Answer):
@@ -132,12 +155,13 @@ class Contract:
     def refund(self, record: Record) -> Call:
         body: dict[str, Any] = {
             "amount": record.refund_credits,
-            "reason": (record.reason or "failed items")[:255],
+            "reason": _readable(record.reason or "failed items"),
         }
         if record.refund_items:
             body["items"] = list(record.refund_items[:MAX_ITEMS])
-        path = f"/v1/deductions/{quote(record.transaction_id or '', safe='')}/refunds"
-        return Call("POST", path, body, key=record.refund_key)
+        return Call(
+            "POST", f"/v1/deductions/{_segment(record.transaction_id or '')}/refunds", body, key=record.refund_key
+        )
 
     def void(self, record: Record) -> Call | None:
         """None: this service has no voids."""
@@ -156,7 +180,8 @@ class Contract:
     def read_deduction(self, record: Record, reply: Reply) -> DeductAnswer:
         if reply.status in (200, 201):
             answer = parse(_DeductionAnswer, reply.body)
-            if answer is None or answer.amount != record.amount_credits:
+            ours = {None, record.account.tenant_id}
+            if answer is None or answer.amount != record.amount_credits or answer.tenant_id not in ours:
                 return Unknown(f"broken reply ({reply})")
             return Deducted(answer.transaction_id, answer.balance)
         if reply.status == 402:
@@ -172,11 +197,10 @@ class Contract:
     def read_refund(self, record: Record, reply: Reply) -> RefundAnswer:
         if reply.status in (200, 201):
             answer = parse(_RefundAnswer, reply.body)
-            return (
-                Unanswered(f"broken reply ({reply})")
-                if answer is None
-                else Refunded(answer.refund_id, answer.balance)
-            )
+            ours = {None, record.transaction_id}
+            if answer is None or answer.amount != record.refund_credits or answer.transaction_id not in ours:
+                return Unanswered(f"broken reply ({reply})")
+            return Refunded(answer.refund_id, answer.balance)
         if reply.status == 409 and reply.problem == "charge-voided":
             return AlreadyVoided()
         return _refused(reply)
@@ -187,20 +211,24 @@ class Contract:
             if answer is None:
                 return Unanswered(f"broken reply ({reply})")
             return Voided(answer.refunded)
-        if reply.status in (404, 405, 501) and reply.problem is None:
-            return NoVoid()
+        if reply.status == 409 and reply.problem == "charge-voided":
+            return Voided()
+        if reply.status in (404, 405, 501):
+            return NoVoid() if reply.problem is None else Refused(str(reply))
         return _refused(reply)
 
     def read_transactions(self, reply: Reply) -> Page | None:
         """None: no such answer."""
         answer = parse(_PageAnswer, reply.body) if reply.status == 200 else None
-        return None if answer is None else Page(list(answer.items), answer.next_cursor)
+        return None if answer is None else Page(list(answer.items), answer.next_cursor or None)
 
-    def find(self, record: Record, page: Page) -> Found | NotFound:
+    def find(self, record: Record, page: Page) -> FindAnswer:
         """Look for the record's deduction on a page."""
         for item in page.items:
             if item.get("kind") == "deduction" and item.get("idempotency_key") == record.id:
-                return Found(str(item.get("transaction_id") or item.get("id")))
+                entry = parse(_Entry, item)
+                transaction_id = entry and (entry.transaction_id or entry.id)
+                return Found(transaction_id) if transaction_id else Unanswered("a transaction without an id")
         return NotFound()
 
 
@@ -214,9 +242,18 @@ def _refused(reply: Reply) -> Refused | Unanswered:
 
 def _account(record: Record) -> dict[str, str]:
     account = record.account
-    return {"tenant_id": account.tenant_id} | (
-        {} if account.user_id is None else {"user_id": account.user_id}
-    )
+    return {"tenant_id": account.tenant_id} | ({} if account.user_id is None else {"user_id": account.user_id})
+
+
+def _segment(text: str) -> str:
+    """One segment of a path, whatever the text holds."""
+    # A lone `..` would be resolved before it is sent: what is left is another call's path.
+    return quote(text, safe="") if text.strip(".") else "%2E" * len(text)
+
+
+def _readable(reason: str) -> str:
+    # A refund must not fail for the words that explain it (an exception's text, say).
+    return reason.replace("\x00", " ").encode(errors="replace").decode()[:MAX_REASON_LENGTH]
 
 
 def parse(model: type[M], body: Any) -> M | None:
@@ -232,4 +269,18 @@ def read_json(content: bytes) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError):
+        return None
+
+
+def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
+    """RFC 9110, section 10.2.3: seconds or a date; None where there is none that can be read."""
+    value = headers.get("retry-after", "").strip()
+    if value.isascii() and value.isdigit():
+        return min(float(value), MAX_PATIENCE_S)
+    parsed = email.utils.parsedate_tz(value)
+    if parsed is None:
+        return None
+    try:
+        return min(max(email.utils.mktime_tz(parsed) - now, 0.0), MAX_PATIENCE_S)
+    except (ValueError, OverflowError):
         return None

@@ -6,12 +6,15 @@ value, and it never says "not sent" of something that may have been.
 """
 
 import asyncio
-import email.utils
+import contextlib
+import json
+import math
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from typing import Any, TypeVar
 
 import httpx
 import tenacity
@@ -19,10 +22,9 @@ from pydantic import SecretStr
 
 from metered_billing import telemetry as names
 from metered_billing.charge import (
-    Account,
     DeductAnswer,
     FindAnswer,
-    Found,
+    NotFound,
     NotSent,
     NoVoid,
     Record,
@@ -32,18 +34,25 @@ from metered_billing.charge import (
     VoidAnswer,
     after_unknown,
 )
-from metered_billing.credits.breaker import Breaker, Open
-from metered_billing.credits.contract import Call, Contract, Page, Reply, read_json
+from metered_billing.credits.breaker import Breaker, Open, RetryBudget
+from metered_billing.credits.contract import Call, Contract, Reply, read_json, retry_after_s
 from metered_billing.runtime import Runtime
 from metered_billing.telemetry import Telemetry
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 MAX_REPLY_BYTES = 4 << 20
 """The longest reply that is read; a longer one is a broken one."""
 
 FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 1.0
+
+PAGE = 200
+MAX_PAGES = 10_000
+"""How far a transaction is looked for: a list without an end must not hold up recovery for ever."""
+
+_CIRCUIT_OPEN = "circuit open"
 
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 
@@ -55,6 +64,41 @@ class _Silence:
     reason: str
     sent: bool
     retry_after_s: float | None = None
+
+
+class _Here:
+    """What belongs to one event loop: a client, and a line for its connections.
+
+    The line is ours because httpcore's loses connections: a request that is cancelled, or gives up, in the very
+    moment when it is handed a new one leaves it "connecting" for ever. One burst of timeouts with more requests
+    than connections used up the whole pool, for the rest of the process's life.
+    """
+
+    def __init__(self, client: httpx.AsyncClient, connections: int) -> None:
+        self.client = client
+        self.closing = self._close_at_last()
+        self._free = asyncio.Semaphore(connections)
+
+    async def _close_at_last(self) -> AsyncGenerator[None, None]:
+        # At its end a loop closes the async generators that were begun on it. So nothing stays open where
+        # nobody calls `aclose`, as under a TestClient without `with`.
+        try:
+            yield
+        finally:
+            await self.client.aclose()
+
+    @contextlib.asynccontextmanager
+    async def connection(self, timeout_s: float) -> AsyncIterator[httpx.AsyncClient]:
+        """The client, as soon as it has a connection to spare; first come, first served."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._free.acquire()
+        except TimeoutError:
+            raise httpx.PoolTimeout("all connections are busy") from None
+        try:
+            yield self.client
+        finally:
+            self._free.release()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +122,7 @@ class HttpCredits:
         breaker_failures: Failed HTTP calls in a row that open the circuit.
         breaker_reset_s: How long it stays open before one probe is let through.
         contract: What to ask and how to read the answers, for services of another shape.
-        transport: What httpx sends through, instead of the network.
+        transport: What httpx sends through, instead of the network; on every event loop the same.
         max_connections: Open at the same time, per event loop.
 
     Raises:
@@ -103,11 +147,9 @@ class HttpCredits:
     ) -> None:
         self._url = _checked_url(url)
         self._token = _checked_token(token)
-        if (
-            min(timeout_s, attempt_timeout_s, attempts, breaker_failures, breaker_reset_s, max_connections)
-            <= 0
-        ):
-            raise ValueError("timeouts, attempts, connections and the breaker's numbers must be above 0")
+        numbers = (timeout_s, attempt_timeout_s, attempts, breaker_failures, breaker_reset_s, max_connections)
+        if not all(0 < number < math.inf for number in numbers):
+            raise ValueError("timeouts, attempts, connections and the breaker's numbers must be above 0, and finite")
         self._timeout_s = timeout_s
         self._attempt_timeout_s = attempt_timeout_s
         self._contract = contract or Contract()
@@ -119,8 +161,7 @@ class HttpCredits:
             breaker_failures, breaker_reset_s, self._runtime.monotonic, self._telemetry.breaker_changed
         )
         self._budget = RetryBudget()
-        self._clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient]
-        self._clients = weakref.WeakKeyDictionary()
+        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Here] = weakref.WeakKeyDictionary()
         # Copied for every call: a shared one keeps its state on itself, and concurrent users of it
         # run successful calls twice.
         self._retrying = tenacity.AsyncRetrying(
@@ -140,6 +181,37 @@ class HttpCredits:
 
     async def deduct(self, record: Record) -> DeductAnswer:
         """Take the credits, in up to `attempts` attempts within `timeout_s`."""
+        return await self._answered(record, self._deduct(record), lambda why: Unknown(why, misconfigured=True))
+
+    async def refund(self, record: Record) -> RefundAnswer:
+        """Give credits back, in one attempt."""
+        return await self._answered(record, self._refund(record), Unanswered)
+
+    async def void(self, record: Record) -> VoidAnswer:
+        """Undo the deduction, in one attempt."""
+        return await self._answered(record, self._void(record), Unanswered)
+
+    async def find(self, record: Record) -> FindAnswer:
+        """Look through the account's transactions, page by page."""
+        return await self._answered(record, self._find(record), Unanswered)
+
+    async def aclose(self) -> None:
+        """Close this event loop's connections."""
+        here = self._loops.pop(asyncio.get_running_loop(), None)
+        if here is not None:
+            await here.closing.aclose()
+
+    async def _answered(self, record: Record, work: Coroutine[Any, Any, T], otherwise: Callable[[str], U]) -> T | U:
+        """What `work` answers. A bug in it, which is to say in a contract of the user's own, is loud, and no answer."""
+        try:
+            return await work
+        except Exception as error:
+            self._telemetry.log(names.LOG_MISCONFIGURED, record, exc_info=error)
+            return otherwise(f"{type(error).__name__} in the credits client")
+
+    # The calls.
+
+    async def _deduct(self, record: Record) -> DeductAnswer:
         call = self._contract.deduction(record)
         deadline = self._runtime.monotonic() + self._timeout_s
         doubt: str | None = None
@@ -147,8 +219,11 @@ class HttpCredits:
 
         async def attempt() -> _Attempt:
             nonlocal doubt, number
-            budget_s = min(self._attempt_timeout_s, deadline - self._runtime.monotonic())
-            outcome = await self._send(call, budget_s, "deduct", number)
+            left_s = deadline - self._runtime.monotonic()
+            if left_s > 0:
+                outcome = await self._send(call, min(self._attempt_timeout_s, left_s), "deduct", number)
+            else:  # overslept
+                outcome = _Silence("out of time", sent=False)
             number += 1
             result = self._read(record, outcome)
             if isinstance(result.answer, Unknown) and doubt is None:
@@ -159,6 +234,7 @@ class HttpCredits:
             return (
                 state.attempt_number >= self._attempts
                 or self._runtime.monotonic() + state.upcoming_sleep >= deadline
+                or self._breaker.remaining_s() > state.upcoming_sleep
                 or not self._budget.take()
             )
 
@@ -168,17 +244,13 @@ class HttpCredits:
             return after_unknown(last.answer, doubt)
         return last.answer
 
-    async def refund(self, record: Record) -> RefundAnswer:
-        """Give credits back, in one attempt."""
-        outcome = await self._send(
-            self._contract.refund(record), self._attempt_timeout_s, "refund", record.tries
-        )
+    async def _refund(self, record: Record) -> RefundAnswer:
+        outcome = await self._send(self._contract.refund(record), self._attempt_timeout_s, "refund", record.tries)
         if isinstance(outcome, _Silence):
             return _unanswered(outcome)
         return self._with_patience(outcome, self._contract.read_refund(record, outcome))
 
-    async def void(self, record: Record) -> VoidAnswer:
-        """Undo the deduction, in one attempt."""
+    async def _void(self, record: Record) -> VoidAnswer:
         call = self._contract.void(record)
         if call is None:
             return NoVoid()
@@ -187,29 +259,25 @@ class HttpCredits:
             return _unanswered(outcome)
         return self._with_patience(outcome, self._contract.read_void(record, outcome))
 
-    async def find(self, record: Record) -> FindAnswer:
-        """Look through the account's transactions, page by page."""
-        cursor: str | None = None
+    async def _find(self, record: Record) -> FindAnswer:
+        account, cursor = record.account, None
         seen: set[str] = set()
-        while True:
-            page = await self._page(record.account, cursor, 200)
-            if isinstance(page, Unanswered):
-                return page
+        while len(seen) < MAX_PAGES:
+            call = self._contract.transactions(account.tenant_id, account.user_id, cursor, PAGE)
+            outcome = await self._send(call, self._attempt_timeout_s, "find", 0)
+            if isinstance(outcome, _Silence):
+                return _unanswered(outcome)
+            page = self._contract.read_transactions(outcome)
+            if page is None:
+                return self._with_patience(outcome, Unanswered(f"no transactions ({outcome})"))
             answer = self._contract.find(record, page)
-            if isinstance(answer, Found) or page.next_cursor is None:
-                return answer
-            if page.next_cursor in seen:
-                return Unanswered("the list of transactions goes round in circles")
             cursor = page.next_cursor
+            if not isinstance(answer, NotFound) or cursor is None:
+                return answer
+            if cursor in seen:
+                break
             seen.add(cursor)
-
-    async def aclose(self) -> None:
-        """Close this event loop's connections, and forget those of loops that are gone."""
-        client = self._clients.pop(asyncio.get_running_loop(), None)
-        for loop in [loop for loop in self._clients if loop.is_closed()]:
-            del self._clients[loop]
-        if client is not None:
-            await client.aclose()
+        return Unanswered("the list of transactions has no end")
 
     # One attempt.
 
@@ -217,7 +285,7 @@ class HttpCredits:
         """Send once, if the breaker lets it through."""
         admitted = self._breaker.admit()
         if isinstance(admitted, Open):
-            return _Silence("circuit open", sent=False, retry_after_s=admitted.retry_after_s)
+            return _Silence(_CIRCUIT_OPEN, sent=False, retry_after_s=admitted.retry_after_s)
         failed: bool | None = None
         try:
             outcome = await self._attempt(call, timeout_s, operation, resend)
@@ -230,29 +298,34 @@ class HttpCredits:
             self._breaker.report(admitted, failed)
 
     async def _attempt(self, call: Call, timeout_s: float, operation: str, resend: int) -> Reply | _Silence:
-        url = self._url.copy_with(raw_path=(self._url.raw_path.rstrip(b"/") + call.path.encode("ascii")))
+        url = self._url.copy_with(raw_path=self._url.raw_path.rstrip(b"/") + call.path.encode("ascii"))
+        # In ASCII: what is no Unicode (a lone surrogate in an exception's text, say) can be sent all the same.
+        content = None if call.body is None else json.dumps(call.body, separators=(",", ":")).encode()
         headers = {"Accept": "application/json, application/problem+json"}
-        if self._token is not None:
-            headers["Authorization"] = f"Bearer {self._token.get_secret_value()}"
+        if content is not None:
+            headers["Content-Type"] = "application/json"
         if call.key is not None:
             headers["Idempotency-Key"] = call.key
         port = url.port or (443 if url.scheme == "https" else 80)
+        here = await self._here()
         with self._telemetry.attempt(call.method, url.host, port, resend, operation) as span:
             names.propagate(headers)
-            # Connecting must give up before the whole attempt does: only then is it known not to be sent.
-            connect_s = timeout_s * 0.9
+            if self._token is not None:
+                headers["Authorization"] = f"Bearer {self._token.get_secret_value()}"
             try:
-                async with asyncio.timeout(timeout_s):
-                    client = self._client()
+                # httpx's own timeouts are for each read and write: a trickling reply outlasts them all.
+                async with asyncio.timeout(timeout_s) as whole, here.connection(timeout_s / 2) as client:
+                    left_s = (whole.when() or 0.0) - asyncio.get_running_loop().time()
                     request = client.build_request(
                         call.method,
                         url,
-                        json=call.body,
+                        content=content,
                         params=call.params,
                         headers=headers,
-                        timeout=httpx.Timeout(None, connect=connect_s, pool=connect_s),
+                        # Connecting gives up before the whole attempt does: only then is it known not to be sent.
+                        timeout=httpx.Timeout(None, connect=left_s * 0.9),
                     )
-                    status, reply_headers, content = await _fetch(client, request)
+                    status, reply_headers, received = await _fetch(client, request)
             except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
                 span.failed(type(error).__name__)
                 return _Silence(type(error).__name__, sent=False)
@@ -262,28 +335,32 @@ class HttpCredits:
                 span.failed(type(error).__name__)
                 return _Silence(type(error).__name__, sent=True)
             span.span.set_attribute("http.response.status_code", status)
-            reply = Reply(status, reply_headers, read_json(content))
+            reply = Reply(status, reply_headers, read_json(received))
             if status >= 400:
                 span.failed(str(status))
             if status in (401, 403):
                 self._telemetry.log(names.LOG_REJECTED, status=status, server=url.host)
             return reply
 
-    def _client(self) -> httpx.AsyncClient:
+    async def _here(self) -> _Here:
         loop = asyncio.get_running_loop()
-        client = self._clients.get(loop)
-        if client is None:
-            client = self._clients[loop] = httpx.AsyncClient(
+        here = self._loops.get(loop)
+        if here is None or here.client.is_closed:
+            for gone in [other for other in self._loops if other.is_closed()]:
+                del self._loops[gone]
+            client = httpx.AsyncClient(
                 transport=self._transport,
                 # http:// needs no certificates, and loading them takes 40 ms.
                 verify=self._url.scheme == "https",
                 trust_env=False,
                 follow_redirects=False,
-                limits=httpx.Limits(
-                    max_connections=self._max_connections, max_keepalive_connections=self._max_connections
-                ),
+                # A cookie of one customer's answer must not go out with another's request.
+                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=self._max_connections),
             )
-        return client
+            here = self._loops[loop] = _Here(client, self._max_connections)
+            await anext(here.closing)
+        return here
 
     # What it means, and whether to try again.
 
@@ -292,7 +369,7 @@ class HttpCredits:
             wait_s = outcome.retry_after_s or self._breaker.remaining_s() or None
             if not outcome.sent:
                 # The circuit does not close within a request: an open one is not tried again.
-                return _Attempt(NotSent(outcome.reason, wait_s), again=outcome.reason != "circuit open")
+                return _Attempt(NotSent(outcome.reason, wait_s), again=outcome.reason != _CIRCUIT_OPEN)
             return _Attempt(Unknown(outcome.reason, wait_s), again=True)
         answer = self._contract.read_deduction(record, outcome)
         wait_s = retry_after_s(outcome.headers, self._runtime.now())
@@ -316,38 +393,6 @@ class HttpCredits:
             return Unanswered(answer.reason, retry_after_s(reply.headers, self._runtime.now()))
         return answer
 
-    # For people: what the command line shows.
-
-    async def _page(self, account: Account, cursor: str | None, limit: int) -> Page | Unanswered:
-        call = self._contract.transactions(account.tenant_id, account.user_id, cursor, limit)
-        outcome = await self._send(call, self._attempt_timeout_s, "find", 0)
-        if isinstance(outcome, _Silence):
-            return _unanswered(outcome)
-        page = self._contract.read_transactions(outcome)
-        return Unanswered(str(outcome)) if page is None else page
-
-
-class RetryBudget:
-    """Retries that a burst of failures may add: a tenth of the calls, and a few to begin with.
-
-    Without it every client triples its calls just when the service can bear them least.
-    """
-
-    def __init__(self, share: float = 0.1, reserve: float = 20.0) -> None:
-        self._share = share
-        self._reserve = reserve
-        self._left = reserve
-
-    def called(self) -> None:
-        self._left = min(self._left + self._share, self._reserve)
-
-    def take(self) -> bool:
-        """One retry, if there is one left."""
-        if self._left < 1:
-            return False
-        self._left -= 1
-        return True
-
 
 class _TooLong(Exception):
     pass
@@ -370,20 +415,6 @@ def _unanswered(silence: _Silence) -> Unanswered:
     return Unanswered(silence.reason, silence.retry_after_s, sent=silence.sent)
 
 
-def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
-    """RFC 9110, section 10.2.3: seconds or a date; None where there is none that can be read."""
-    value = headers.get("retry-after", "").strip()
-    if value.isascii() and value.isdigit() and len(value) < 10:
-        return float(value)
-    parsed = email.utils.parsedate_tz(value)
-    if parsed is None:
-        return None
-    try:
-        return max(email.utils.mktime_tz(parsed) - now, 0.0)
-    except (ValueError, OverflowError):
-        return None
-
-
 def _checked_url(url: str) -> httpx.URL:
     try:
         parsed = httpx.URL(url)
@@ -391,10 +422,8 @@ def _checked_url(url: str) -> httpx.URL:
         raise ValueError(f"the credits URL is not a URL: {error}") from None
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ValueError("the credits URL must start with http:// or https:// and name a host")
-    if parsed.userinfo or parsed.query or parsed.fragment:
-        raise ValueError(
-            "the credits URL must have no user, no query and no fragment: the token goes into `token`"
-        )
+    if parsed.userinfo or parsed.fragment or b"?" in parsed.raw_path:
+        raise ValueError("the credits URL must have no user, no query and no fragment: the token goes into `token`")
     return parsed
 
 

@@ -60,8 +60,8 @@ def routes_of(app: Any) -> Iterator[Route]:
                 yield from walk(app, own, prefix)
                 continue
             endpoint = getattr(route, "endpoint", None)
-            path: str = getattr(route, "path_format", None) or getattr(route, "path", None) or ""
             if endpoint is not None:
+                path = getattr(route, "path_format", "")
                 methods = getattr(route, "methods", None)
                 # A WebSocket's route has no methods; nor has an HTTPEndpoint's, which is a class.
                 websocket = methods is None and not inspect.isclass(endpoint)
@@ -71,7 +71,8 @@ def routes_of(app: Any) -> Iterator[Route]:
             if mounted is not None and id(mounted) not in seen:
                 seen.add(id(mounted))
                 inner = mounted if hasattr(mounted, "openapi") else app
-                yield from walk(inner, mounted.routes, "" if inner is mounted else prefix + path)
+                below = "" if inner is mounted else prefix + getattr(route, "path", "")
+                yield from walk(inner, mounted.routes, below)
 
     app = unwrapped(app)
     if app is not None:

@@ -260,9 +260,11 @@ class Operation:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         otel_context.detach(self._token)
-        if isinstance(error, asyncio.CancelledError):
+        if error is None or self.outcome != "ok":
+            pass  # it went well, or said itself what went wrong
+        elif isinstance(error, asyncio.CancelledError):
             self.failed("cancelled")
-        elif error is not None:
+        else:
             self.failed(type(error).__qualname__)
         self.span.set_attribute(OUTCOME, self.outcome)
         self.span.end()

@@ -54,6 +54,7 @@ class SqliteFile:
         self._waiting: list[_Waiting] = []
         self._scheduled = False
         self._connection: sqlite3.Connection | None = None
+        self._opened: tuple[int, int] | None = None
         self.commits = 0
 
     def run(self, operation: Operation[T], *, durable: bool = True) -> asyncio.Future[T]:
@@ -79,24 +80,45 @@ class SqliteFile:
             schedule = not self._scheduled
             self._scheduled = True
         if schedule:
-            self._executor.submit(self._drain)
+            try:
+                self._executor.submit(self._drain)
+            except RuntimeError as error:  # the executor, or the whole interpreter, is shutting down
+                self._refuse(StorageError(f"{self.path.name}: {error}"))
         return future
 
-    async def close(self) -> None:
-        """Finish what is waiting, then close the file. The next `run` opens it again."""
+    def close(self, then: Callable[[], None] | None = None) -> asyncio.Future[None]:
+        """Finish what is waiting, then close the file. The next `run` opens it again.
+
+        It is queued at once; cancelling the future does not take it back.
+
+        Args:
+            then: Runs in the thread when the file is closed.
+        """
         loop = asyncio.get_running_loop()
-        closed = loop.create_future()
+        closed: asyncio.Future[None] = loop.create_future()
 
         def close() -> None:
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
-            _tell(loop, [(closed, None, None)])
+            try:
+                self._disconnect()
+            finally:
+                if then is not None:
+                    then()
+                _tell(loop, [(closed, None, None)])
 
-        self._executor.submit(close)
-        await closed
+        try:
+            self._executor.submit(close)
+        except RuntimeError:  # no thread any more, so nothing is under way in it either
+            close()
+        return closed
 
     # Below: in the thread.
+
+    def in_place(self) -> bool:
+        """Whether the file that is open still stands at its path: what is written to another is lost."""
+        try:
+            return self._opened == _identity(self.path)
+        except OSError:
+            return False
 
     def _drain(self) -> None:
         while True:
@@ -105,37 +127,51 @@ class SqliteFile:
                 if not batch:
                     self._scheduled = False
                     return
-            outcomes = self._commit(batch)
-            told = defaultdict(list)
-            for waiting, (result, error) in zip(batch, outcomes, strict=True):
-                told[waiting.loop].append((waiting.future, result, error))
-            for loop, answers in told.items():
-                _tell(loop, answers)
+            self._answer(batch, self._commit(batch))
+
+    def _refuse(self, error: StorageError) -> None:
+        with self._lock:
+            batch, self._waiting, self._scheduled = self._waiting, [], False
+        self._answer(batch, [(None, error)] * len(batch))
+
+    def _answer(self, batch: list[_Waiting], outcomes: list[tuple[Any, BaseException | None]]) -> None:
+        told = defaultdict(list)
+        for waiting, (result, error) in zip(batch, outcomes, strict=True):
+            told[waiting.loop].append((waiting.future, result, error))
+        for loop, answers in told.items():
+            _tell(loop, answers)
 
     def _commit(self, batch: list[_Waiting]) -> list[tuple[Any, BaseException | None]]:
         try:
             return self._transaction(batch)
-        except Exception as error:
+        except BaseException as error:
             if len(batch) == 1:
-                return [(None, error)]
+                return [(None, _tellable(error))]
         # One of them spoiled the transaction: each for itself, so that its neighbours go through.
         return [self._commit([waiting])[0] for waiting in batch]
 
     def _transaction(self, batch: list[_Waiting]) -> list[tuple[Any, BaseException | None]]:
         connection = self._open()
         durable = any(waiting.durable for waiting in batch)
-        connection.execute("PRAGMA synchronous=FULL" if durable else "PRAGMA synchronous=NORMAL")
-        connection.execute("BEGIN IMMEDIATE")
         try:
+            connection.execute("PRAGMA synchronous=FULL" if durable else "PRAGMA synchronous=NORMAL")
+            connection.execute("BEGIN IMMEDIATE")
             results = [waiting.operation(connection) for waiting in batch]
             connection.execute("COMMIT")
         except BaseException:
-            # After a failed COMMIT (disk full) SQLite may have rolled back by itself.
-            with contextlib.suppress(sqlite3.Error):
-                connection.execute("ROLLBACK")
+            self._roll_back(connection)
             raise
         self.commits += 1
         return [(result, None) for result in results]
+
+    def _roll_back(self, connection: sqlite3.Connection) -> None:
+        try:
+            # After a failed COMMIT (disk full) SQLite may have rolled back by itself.
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+        except sqlite3.Error:
+            # A connection stuck in a transaction would fail for ever: the next operation gets a new one.
+            self._disconnect()
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is None:
@@ -144,11 +180,31 @@ class SqliteFile:
                 connection.execute("PRAGMA journal_mode=WAL")
                 connection.execute("PRAGMA synchronous=FULL")
                 connection.executescript(self._schema)
+                self._opened = _identity(self.path)
             except BaseException:
                 connection.close()
                 raise
             self._connection = connection
         return self._connection
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
+def _tellable(error: BaseException) -> Exception:
+    """The error as a future can carry it: a StopIteration it refuses, a cancellation it would obey."""
+    if isinstance(error, Exception) and not isinstance(error, StopIteration):
+        return error
+    told = StorageError(f"the operation raised {error!r}")
+    told.__cause__ = error
+    return told
 
 
 def _tell(

@@ -24,7 +24,12 @@ class Journal(Protocol):
 
     @property
     def owner(self) -> str:
-        """The name that this process writes under, since it took its place."""
+        """The name that new charges are written under, since it took its place."""
+        ...
+
+    @property
+    def unusable(self) -> Mapping[str, str]:
+        """What could not be read, by name, and why: it is left as it is, for a person to look at."""
         ...
 
     async def start(self) -> None:
@@ -39,7 +44,8 @@ class Journal(Protocol):
         """Put a new charge on record; done when it is synced to disk.
 
         Raises:
-            JournalError: It is not on record, as far as is known.
+            JournalError: It is not on record, as far as is known. (Here and below: from the call, or from
+                what it returns.)
         """
         ...
 
@@ -58,7 +64,10 @@ class Journal(Protocol):
         ...
 
     async def adopt(self, now: float) -> int:
-        """Take over what dead processes left, due at once. Returns how many charges that are not final."""
+        """Take over what dead processes left, due at once. Returns how many charges that are not final.
+
+        What cannot be read stands in `unusable`, and is tried again each time.
+        """
         ...
 
     async def due(self, now: float, *, besides: Collection[str], limit: int) -> list[Record]:
@@ -90,32 +99,38 @@ class Journal(Protocol):
         ...
 
 
-COLUMNS = frozenset({"id", "owner", "state", "tries", "due_at", "closed_at"})
-"""What stands in columns of its own, because it is searched for or compared; all else is the body."""
-
-
 def body_of(record: Record) -> str:
-    """A record's body as JSON; what is not set is left out."""
+    """A record as JSON, but for what stands in columns of its own, because it is searched for or compared.
+
+    What is None or empty is left out.
+    """
     body: dict[str, Any] = {
         "tenant_id": record.account.tenant_id,
         "user_id": record.account.user_id,
         "amount": record.amount_credits,
         "units": record.units,
-        "opened_at": record.opened_at,
         "request_id": record.request_id,
-        "metadata": record.metadata,
+        "metadata": dict(record.metadata) or None,
         "transaction_id": record.transaction_id,
-        "refund": record.refund_credits,
-        "refund_items": record.refund_items,
+        "refund": record.refund_credits or None,
+        "refund_items": record.refund_items or None,
         "reason": record.reason,
         "traceparent": record.traceparent,
         "declined_at": record.declined_at,
     }
-    return json.dumps({key: value for key, value in body.items() if value}, separators=(",", ":"))
+    return json.dumps({key: value for key, value in body.items() if value is not None}, separators=(",", ":"))
 
 
 def record_of(
-    charge_id: str, body: str, *, owner: str, state: str, tries: int, due_at: float, closed_at: float | None
+    charge_id: str,
+    body: str,
+    *,
+    owner: str,
+    state: str,
+    opened_at: float,
+    tries: int,
+    due_at: float,
+    closed_at: float | None,
 ) -> Record:
     """The record whose body and columns these are.
 
@@ -128,9 +143,9 @@ def record_of(
             id=charge_id,
             account=Account(fields["tenant_id"], fields.get("user_id")),
             amount_credits=fields["amount"],
-            units=fields.get("units", 0),
+            units=fields["units"],
             state=State(state),
-            opened_at=fields["opened_at"],
+            opened_at=opened_at,
             request_id=fields.get("request_id"),
             metadata=fields.get("metadata", {}),
             transaction_id=fields.get("transaction_id"),
@@ -144,5 +159,5 @@ def record_of(
             declined_at=fields.get("declined_at"),
             closed_at=closed_at,
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise JournalError(f"charge {charge_id} cannot be read: {error!r}") from error

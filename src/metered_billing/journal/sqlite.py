@@ -2,21 +2,23 @@
 
 A file whose lock is free is a dead process's. The next process that starts takes it as its own; one that is
 running adopts it, finishes what stands in it, and gives it back. So there are never more files than there
-were processes at one time, and no file ever has two writers.
+were processes at one time, and no file ever has two writers. A file that cannot be read is left as it is.
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
-import fcntl
-import os
+import functools
 import sqlite3
 import threading
 from collections.abc import Awaitable, Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from metered_billing.charge import Record
 from metered_billing.journal import JournalError, body_of, record_of
+from metered_billing.journal.lock import FileLock, call_in_forked_child
 from metered_billing.runtime import Executor, Runtime
 from metered_billing.sqlite import SqliteFile, StorageError
 
@@ -25,25 +27,30 @@ T = TypeVar("T")
 SCHEMA_VERSION = 1
 
 AT_A_TIME = 500
-"""Rows that one deletion takes."""
+"""Rows that one deletion takes: requests wait for the same thread."""
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS charges (
-    id TEXT PRIMARY KEY,
-    owner TEXT NOT NULL,
-    state TEXT NOT NULL,
-    tries INTEGER NOT NULL,
-    due_at REAL NOT NULL,
-    closed_at REAL,
-    request_id TEXT,
-    body TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS charges_due ON charges (due_at) WHERE closed_at IS NULL;
-CREATE INDEX IF NOT EXISTS charges_closed ON charges (closed_at) WHERE closed_at IS NOT NULL;
-CREATE INDEX IF NOT EXISTS charges_request ON charges (request_id) WHERE request_id IS NOT NULL;
-"""
+_SCHEMA = (
+    """CREATE TABLE IF NOT EXISTS charges (
+        id TEXT PRIMARY KEY,
+        owner TEXT NOT NULL,
+        state TEXT NOT NULL,
+        opened_at REAL NOT NULL,
+        tries INTEGER NOT NULL,
+        due_at REAL NOT NULL,
+        closed_at REAL,
+        request_id TEXT,
+        body TEXT NOT NULL
+    ) WITHOUT ROWID""",
+    "CREATE INDEX IF NOT EXISTS charges_due ON charges (due_at) WHERE closed_at IS NULL",
+    "CREATE INDEX IF NOT EXISTS charges_closed ON charges (closed_at, id)"
+    " WHERE closed_at IS NOT NULL AND state <> 'disputed'",
+    "CREATE INDEX IF NOT EXISTS charges_request ON charges (request_id) WHERE request_id IS NOT NULL",
+    f"PRAGMA user_version = {SCHEMA_VERSION}",
+)
 
-_COLUMNS = "id, owner, state, tries, due_at, closed_at, body"
+
+_COLUMNS = "id, owner, state, opened_at, tries, due_at, closed_at, body"
+_Row = tuple[str, str, str, float, int, float, float | None, str]
 
 
 class SqliteJournal:
@@ -56,52 +63,77 @@ class SqliteJournal:
     def __init__(self, directory: str | Path, *, runtime: Runtime | None = None) -> None:
         self._directory = Path(directory)
         self._runtime = runtime or Runtime()
-        self._owner = ""
+        self._unusable: dict[str, str] = {}
+        self._vacate()
+        call_in_forked_child(self)
+
+    def _vacate(self) -> None:
+        self._mutex = threading.Lock()
+        self._starting: concurrent.futures.Future[None] | None = None
+        self._executor: Executor | None = None
         self._own: _Slot | None = None
         self._adopted: dict[str, _Slot] = {}
-        # Where the records of adopted files are; all others are in our own.
-        self._elsewhere: dict[str, _Slot] = {}
-        self._executor: Executor | None = None
-        self._starting = threading.Lock()
+        # Dead processes' files in which nothing is left to do, as they looked then.
+        self._done_with: dict[Path, tuple[int, ...]] = {}
+
+    def forked(self) -> None:
+        """This is a child: the place, the thread and the connections are its parent's."""
+        # Closing its copy of a connection could write to the parent's file, so it stays open.
+        _INHERITED.append((self._own, self._adopted, self._executor))
+        self._vacate()
 
     @property
     def owner(self) -> str:
-        return self._owner
+        return "" if self._own is None else self._own.owner
+
+    @property
+    def unusable(self) -> Mapping[str, str]:
+        return self._unusable
 
     async def start(self) -> None:
-        with self._starting:
+        with self._mutex:
             if self._own is not None:
                 return
-            try:
-                self._directory.mkdir(parents=True, exist_ok=True)
-                own = self._first_free_slot()
-            except OSError as error:
-                raise JournalError(f"no journal can be kept in {self._directory}: {error}") from error
-            self._owner = self._runtime.new_id()
-            self._executor = self._runtime.executor()
-            # In the queue before anybody else can be: whatever comes later finds the file ours.
-            taken = self._take_over(own, self._executor, self._runtime.now())
-            self._own = own
+            starting, first = self._starting, self._starting is None
+            if starting is None:
+                starting = self._starting = concurrent.futures.Future()
+        if not first:  # a concurrent first request was faster
+            await asyncio.shield(asyncio.wrap_future(starting))
+            return
+        executor = self._runtime.executor()
         try:
-            await taken
-        except BaseException:
-            await self.close()
+            self._own = await self._take_place(executor)
+        except BaseException as error:
+            self._starting = None
+            executor.shutdown(wait=False)
+            starting.set_exception(
+                error if isinstance(error, JournalError) else JournalError("the start was interrupted")
+            )
             raise
+        self._executor, self._starting = executor, None
+        starting.set_result(None)
 
     def open(self, record: Record) -> Awaitable[None]:
+        slot = self._place()
         row = (*_columns(record), record.request_id)
 
         def insert(connection: sqlite3.Connection) -> None:
+            if not (slot.file.in_place() and slot.lock.in_place()):
+                # What is in it can still be finished; what is new would be lost with this process.
+                raise JournalError(f"{slot.path} was removed while it was in use: restart")
+            if record.owner != slot.owner:
+                raise JournalError(f"charge {record.id} was made before the journal was closed")
             connection.execute(
-                f"INSERT INTO charges ({_COLUMNS}, request_id) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
+                f"INSERT INTO charges ({_COLUMNS}, request_id) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
                 row,
             )
 
-        return self._run(self._place(), insert, durable=True)
+        return slot.run(insert, durable=True)
 
     def write(self, before: Record, after: Record, *, durable: bool) -> Awaitable[bool]:
-        slot = self._elsewhere.get(before.id, self._place())
-        _, _, state, tries, due_at, closed_at, body = _columns(after)
+        # An owner that we are not any more is nowhere on record, so that any file says False.
+        slot = self._adopted.get(before.owner) or self._place()
+        _, _, state, _, tries, due_at, closed_at, body = _columns(after)
         values = (state, tries, due_at, closed_at, body, before.id, before.owner, before.state)
 
         def compare_and_set(connection: sqlite3.Connection) -> bool:
@@ -112,187 +144,264 @@ class SqliteJournal:
             )
             return cursor.rowcount == 1
 
-        return self._run(slot, compare_and_set, durable=durable)
+        return slot.run(compare_and_set, durable=durable)
 
     async def adopt(self, now: float) -> int:
-        if self._executor is None:
-            raise JournalError("the journal is closed")
+        self._place()
         await self._give_back()
         found = 0
         for path in sorted(self._directory.glob("charges-*.db")):
-            if path.name in self._adopted or (self._own is not None and path == self._own.path):
-                continue
-            slot = _Slot.take(path)
-            if slot is None:
-                continue  # a living process's
-            self._adopted[path.name] = slot
-            found += await self._take_over(slot, self._executor, now)
+            if path not in {slot.path for slot in self._slots()} and self._done_with.get(path) != _look(path):
+                found += await self._adopt(path, now)
         return found
 
     async def due(self, now: float, *, besides: Collection[str], limit: int) -> list[Record]:
-        records: list[Record] = []
-        for slot in self._slots():
-
-            def select(connection: sqlite3.Connection) -> list[Record]:
-                rows = connection.execute(
-                    f"SELECT {_COLUMNS} FROM charges WHERE closed_at IS NULL AND due_at <= ?"  # noqa: S608
-                    " ORDER BY due_at",
-                    (now,),
-                )
-                found: list[Record] = []
-                for row in rows:
-                    if row[0] in besides:
-                        continue
+        def select(owner: str, connection: sqlite3.Connection) -> tuple[list[Record], dict[str, str]]:
+            found: list[Record] = []
+            unreadable: dict[str, str] = {}
+            for row in connection.execute(
+                f"SELECT {_COLUMNS} FROM charges WHERE closed_at IS NULL AND due_at <= ? AND owner = ?"  # noqa: S608
+                " ORDER BY due_at, id",
+                (now, owner),
+            ):
+                if len(found) == limit:
+                    break
+                if row[0] in besides:
+                    continue
+                try:
                     found.append(_record(row))
-                    if len(found) == limit:
-                        break
-                return found
+                except JournalError as error:
+                    unreadable[f"charge {row[0]}"] = str(error)
+            return found, unreadable
 
-            found = await self._run(slot, select, durable=False)
-            if slot is not self._own:
-                self._elsewhere.update((record.id, slot) for record in found)
+        records: list[Record] = []
+        for found, unreadable in await self._everywhere(select):
             records += found
-        records.sort(key=lambda record: record.due_at)
+            self._unusable.update(unreadable)
+        records.sort(key=lambda record: (record.due_at, record.id))
         return records[:limit]
 
     async def next_due(self, now: float) -> float | None:
-        times: list[float] = []
-        for slot in self._slots():
-            row = await self._run(
-                slot,
-                lambda connection: connection.execute(
-                    "SELECT MIN(due_at) FROM charges WHERE closed_at IS NULL AND due_at > ?", (now,)
-                ).fetchone(),
-                durable=False,
-            )
-            times += [row[0]] if row[0] is not None else []
-        return min(times, default=None)
+        def select(owner: str, connection: sqlite3.Connection) -> float | None:
+            row: tuple[float | None] = connection.execute(
+                "SELECT MIN(due_at) FROM charges WHERE closed_at IS NULL AND due_at > ? AND owner = ?",
+                (now, owner),
+            ).fetchone()
+            return row[0]
+
+        return min((due for due in await self._everywhere(select) if due is not None), default=None)
 
     async def unsettled(self, now: float) -> Mapping[str, tuple[int, float]]:
+        def select(owner: str, connection: sqlite3.Connection) -> list[tuple[str, int, float]]:
+            return connection.execute(
+                "SELECT state, COUNT(*), MIN(opened_at) FROM charges"
+                " WHERE closed_at IS NULL AND owner = ? GROUP BY state",
+                (owner,),
+            ).fetchall()
+
         states: dict[str, tuple[int, float]] = {}
-        for slot in self._slots():
-            rows = await self._run(
-                slot,
-                lambda connection: connection.execute(
-                    "SELECT state, COUNT(*), MIN(json_extract(body, '$.opened_at')) FROM charges"
-                    " WHERE closed_at IS NULL GROUP BY state"
-                ).fetchall(),
-                durable=False,
-            )
+        for rows in await self._everywhere(select):
             for state, count, opened_at in rows:
                 before, age_s = states.get(state, (0, 0.0))
                 states[state] = (before + count, max(age_s, now - opened_at))
         return states
 
     async def forget(self, closed_before: float, *, keep: int) -> int:
+        def delete(owner: str, connection: sqlite3.Connection) -> int:
+            newest_beyond = connection.execute(
+                "SELECT closed_at, id FROM charges WHERE closed_at IS NOT NULL AND state <> 'disputed'"
+                " ORDER BY closed_at DESC, id DESC LIMIT 1 OFFSET ?",
+                (keep,),
+            ).fetchone()
+            return connection.execute(
+                "DELETE FROM charges WHERE id IN (SELECT id FROM charges"
+                " WHERE closed_at IS NOT NULL AND state <> 'disputed'"
+                " AND (closed_at < ? OR (closed_at, id) <= (?, ?)) ORDER BY closed_at, id LIMIT ?)",
+                (closed_before, *(newest_beyond or (None, None)), AT_A_TIME),
+            ).rowcount
+
         forgotten = 0
-        for slot in self._slots():
-
-            def delete(connection: sqlite3.Connection) -> int:
-                beyond = connection.execute(
-                    "SELECT closed_at FROM charges WHERE closed_at IS NOT NULL"
-                    " ORDER BY closed_at DESC LIMIT 1 OFFSET ?",
-                    (keep,),
-                ).fetchone()
-                before = max(closed_before, beyond[0] if beyond else 0.0)
-                return connection.execute(
-                    "DELETE FROM charges WHERE id IN (SELECT id FROM charges"
-                    " WHERE closed_at < ? AND state <> 'disputed' ORDER BY closed_at LIMIT ?)",
-                    (before, AT_A_TIME),
-                ).rowcount
-
-            # A little at a time: requests wait for the same thread.
-            while deleted := await self._run(slot, delete, durable=False):
-                forgotten += deleted
-                if deleted < AT_A_TIME:
-                    break
+        while deleted := sum(await self._everywhere(delete)):
+            forgotten += deleted
         return forgotten
 
     async def close(self) -> None:
-        slots = self._slots()
-        self._own, self._adopted, self._elsewhere = None, {}, {}
-        for slot in slots:
-            await slot.release()
-        if self._executor is not None:
-            self._executor.shutdown(wait=False)
-            self._executor = None
+        slots, executor = self._slots(), self._executor
+        self._executor, self._own, self._adopted, self._done_with = None, None, {}, {}
+        released = [slot.release() for slot in slots]
+        if executor is not None:
+            executor.shutdown(wait=False)
+        for done in released:
+            await done
 
-    # Files and their locks.
+    # Files.
 
-    def _first_free_slot(self) -> "_Slot":
-        number = 0
-        while True:
-            slot = _Slot.take(self._directory / f"charges-{number}.db")
-            if slot is not None:
-                return slot
-            number += 1
+    async def _take_place(self, executor: Executor) -> "_Slot":
+        """The first file whose lock is free and that can be read, as ours."""
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            number = 0
+            while True:
+                path = self._directory / f"charges-{number}.db"
+                number += 1
+                existed = path.exists()
+                slot = self._lock(path, executor)
+                if slot is None:
+                    continue
+                try:
+                    await self._take_over(slot)
+                except _OtherVersion:
+                    raise
+                except JournalError as error:
+                    if not existed:
+                        raise
+                    self._unusable[path.name] = str(error)
+                else:
+                    return slot
+        except OSError as error:
+            raise JournalError(f"no journal can be kept in {self._directory}: {error}") from error
 
-    def _take_over(self, slot: "_Slot", executor: Executor, now: float) -> Awaitable[int]:
-        """Open a file whose lock is ours, and make its unsettled charges ours and due."""
-        slot.file = SqliteFile(slot.path, _SCHEMA, executor)
+    async def _adopt(self, path: Path, now: float) -> int:
+        """Take over a dead process's file, if it is one. Returns how many of its charges are not final."""
+        executor = self._executor
+        if executor is None:  # closed meanwhile
+            return 0
+        try:
+            slot = self._lock(path, executor)
+            left = 0 if slot is None else await self._take_over(slot, now)
+        except (JournalError, OSError) as error:
+            self._unusable[path.name] = str(error)
+            return 0
+        self._unusable.pop(path.name, None)
+        if slot is None:
+            return 0  # a living process's
+        if left == 0 or self._executor is None:
+            await self._release(slot)
+        else:
+            self._adopted[slot.owner] = slot
+        return left
+
+    def _lock(self, path: Path, executor: Executor) -> "_Slot | None":
+        """The file under our lock, or None where a living process has it."""
+        lock = FileLock.take(path.with_suffix(".lock"))
+        return None if lock is None else _Slot(path, lock, SqliteFile(path, "", executor), self._runtime.new_id())
+
+    async def _take_over(self, slot: "_Slot", now: float | None = None) -> int:
+        """Make the unsettled charges of a file ours, and due. Returns how many. Releases it if that fails."""
+        due_at = self._runtime.now() if now is None else now
 
         def take(connection: sqlite3.Connection) -> int:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, SCHEMA_VERSION):
-                raise JournalError(
+                raise _OtherVersion(
                     f"{slot.path} is a journal of version {version}; this release reads {SCHEMA_VERSION}."
                     " Run the release that wrote it until nothing is unsettled"
                 )
-            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            cursor = connection.execute(
-                "UPDATE charges SET owner = ?, due_at = ? WHERE closed_at IS NULL", (self._owner, now)
-            )
-            return cursor.rowcount
+            if version == 0:
+                for statement in _SCHEMA:
+                    connection.execute(statement)
+            return connection.execute(
+                "UPDATE charges SET owner = ?, due_at = ? WHERE closed_at IS NULL", (slot.owner, due_at)
+            ).rowcount
 
-        return self._run(slot, take, durable=True)
+        try:
+            return await slot.run(take, durable=True)
+        except BaseException:
+            await slot.release()
+            raise
 
     async def _give_back(self) -> None:
         """Release adopted files in which nothing is left to do."""
-        for name, slot in list(self._adopted.items()):
-            left = await self._run(
-                slot,
-                lambda connection: connection.execute(
-                    "SELECT COUNT(*) FROM charges WHERE closed_at IS NULL"
-                ).fetchone()[0],
-                durable=False,
-            )
-            if left == 0:
-                del self._adopted[name]
-                self._elsewhere = {charge: at for charge, at in self._elsewhere.items() if at is not slot}
-                await slot.release()
 
-    def _slots(self) -> list["_Slot"]:
-        return ([self._own] if self._own is not None else []) + list(self._adopted.values())
+        def count(owner: str, connection: sqlite3.Connection) -> tuple[str, int]:
+            left: int = connection.execute("SELECT COUNT(*) FROM charges WHERE closed_at IS NULL").fetchone()[0]
+            return owner, left
+
+        for owner, left in await self._everywhere(count):
+            if left == 0 and (slot := self._adopted.pop(owner, None)) is not None:
+                await self._release(slot)
+
+    async def _release(self, slot: "_Slot") -> None:
+        """Release a file in which nothing is left to do, and leave it alone until somebody has written to it."""
+        await slot.release()
+        self._done_with[slot.path] = slot.left_as
+
+    async def _everywhere(self, operation: Callable[[str, sqlite3.Connection], T]) -> list[T]:
+        """Run it in each of our files. An adopted one that fails is set aside, and stops none of the others."""
+        own = self._place()
+        results: list[T] = []
+        for slot in (own, *self._adopted.values()):
+            try:
+                results.append(await slot.run(functools.partial(operation, slot.owner), durable=False))
+            except JournalError as error:
+                if slot is own:
+                    raise
+                if self._adopted.pop(slot.owner, None) is not None:
+                    self._unusable[slot.path.name] = str(error)
+                    await slot.release()
+        return results
+
+    def _slots(self) -> "list[_Slot]":
+        return [slot for slot in (self._own, *self._adopted.values()) if slot is not None]
 
     def _place(self) -> "_Slot":
         if self._own is None:
             raise JournalError("the journal is closed")
         return self._own
 
-    def _run(
-        self, slot: "_Slot", operation: Callable[[sqlite3.Connection], T], *, durable: bool
-    ) -> Awaitable[T]:
+
+@dataclass(slots=True)
+class _Slot:
+    """A file of the journal, under our lock, and the name that its charges are ours under."""
+
+    path: Path
+    lock: FileLock
+    file: SqliteFile
+    owner: str
+    _mutex: threading.Lock = field(default_factory=threading.Lock)
+    _released: bool = False
+    left_as: tuple[int, ...] = ()
+
+    def run(self, operation: Callable[[sqlite3.Connection], T], *, durable: bool) -> Awaitable[T]:
         # Not a coroutine: the write must be in the queue when this returns.
         try:
-            if slot.file is None:
-                raise JournalError(f"{slot.path.name} is closed")
-            return _translated(slot.file.run(operation, durable=durable))
+            with self._mutex:
+                if self._released:  # another event loop was faster; the file is not ours any more
+                    raise JournalError(f"{self.path.name} is closed")
+                return _translated(self.path, self.file.run(operation, durable=durable))
         except StorageError as error:
             raise JournalError(str(error)) from error
 
+    def release(self) -> Awaitable[None]:
+        """Finish what is queued, close the file, then let go of the lock, whoever waits for it or not."""
+        with self._mutex:
+            self._released = True
+            return self.file.close(then=self._let_go)
 
-async def _translated(future: "asyncio.Future[T]") -> T:
+    def _let_go(self) -> None:
+        self.left_as = _look(self.path)
+        self.lock.release()
+
+
+class _OtherVersion(JournalError):
+    """The file is whole, and of another release."""
+
+
+async def _translated(path: Path, future: "asyncio.Future[T]") -> T:
     try:
         return await future
-    except sqlite3.Error as error:
-        raise JournalError(f"the journal could not be written: {error}") from error
+    except JournalError:
+        raise
+    except Exception as error:
+        raise JournalError(f"{path}: {error}") from error
 
 
-def _columns(record: Record) -> tuple[str, str, str, int, float, float | None, str]:
+def _columns(record: Record) -> _Row:
     return (
         record.id,
         record.owner,
         record.state,
+        record.opened_at,
         record.tries,
         record.due_at,
         record.closed_at,
@@ -300,55 +409,28 @@ def _columns(record: Record) -> tuple[str, str, str, int, float, float | None, s
     )
 
 
-def _record(row: tuple[str, str, str, int, float, float | None, str]) -> Record:
-    charge_id, owner, state, tries, due_at, closed_at, body = row
+def _record(row: _Row) -> Record:
+    charge_id, owner, state, opened_at, tries, due_at, closed_at, body = row
     return record_of(
-        charge_id, body, owner=owner, state=state, tries=tries, due_at=due_at, closed_at=closed_at
+        charge_id,
+        body,
+        owner=owner,
+        state=state,
+        opened_at=opened_at,
+        tries=tries,
+        due_at=due_at,
+        closed_at=closed_at,
     )
 
 
-class _Slot:
-    """A file of the journal and the lock on it.
-
-    The lock is on a file of its own: closing any handle of a SQLite file drops SQLite's own locks.
-    """
-
-    _held: "dict[int, None]" = {}  # noqa: RUF012 - file descriptors are the process's, whoever opens them
-
-    def __init__(self, path: Path, lock: int) -> None:
-        self.path = path
-        self.file: SqliteFile | None = None
-        self._lock = lock
-        self._held[lock] = None
-
-    @classmethod
-    def take(cls, path: Path) -> "_Slot | None":
-        """Take the file, or None where a living process has it."""
-        lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            return None
-        except BaseException:
-            os.close(lock)
-            raise
-        return cls(path, lock)
-
-    async def release(self) -> None:
-        if self.file is not None:
-            file, self.file = self.file, None
-            await file.close()
-        self._held.pop(self._lock, None)
-        os.close(self._lock)
-
-    @classmethod
-    def _forked(cls) -> None:
-        # A forked child shares the lock: while it lived, its dead parent's file could not be adopted.
-        for lock in cls._held:
-            with contextlib.suppress(OSError):
-                os.close(lock)
-        cls._held.clear()
+def _look(path: Path) -> tuple[int, ...]:
+    """What changes when somebody writes to the file: itself, or its log while that is not merged yet."""
+    found: list[int] = []
+    for name in (path, path.with_name(path.name + "-wal")):
+        with contextlib.suppress(OSError):
+            stat = name.stat()
+            found += (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    return tuple(found)
 
 
-os.register_at_fork(after_in_child=_Slot._forked)
+_INHERITED: list[Any] = []

@@ -4,10 +4,7 @@ import json
 import os
 import re
 import signal
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,8 @@ import pytest
 
 from metered_billing import cli
 from metered_billing.cli import terminal
+
+from .serving import free_port, start_service
 
 ADMIN = {"Authorization": "Bearer admins"}
 
@@ -54,46 +53,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     directory = tmp_path_factory.mktemp("served")
     with start_service(directory) as (_, url):
         yield url
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-class start_service:  # noqa: N801  (it is used as a function)
-    """Start `serve`, wait until it is well, kill it afterwards."""
-
-    def __init__(self, directory: Path) -> None:
-        self.port = free_port()
-        self.directory = directory
-
-    def __enter__(self) -> tuple[subprocess.Popen[str], str]:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", "from metered_billing.cli import main; main()", "serve", "--port", str(self.port)],
-            cwd=self.directory,
-            env={**os.environ, "METERED_BILLING_TOKENS": "admins=admin,acmes=tenant:acme"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        url = f"http://127.0.0.1:{self.port}"
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                if httpx.get(f"{url}/healthz", trust_env=False).is_success:
-                    return self.process, url
-            except httpx.TransportError:
-                if time.monotonic() > deadline or self.process.poll() is not None:
-                    self.process.kill()
-                    raise RuntimeError(self.process.communicate()[0]) from None
-                time.sleep(0.05)
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
 
 
 def call(url: str, path: str, key: str, **body: Any) -> dict[str, Any]:

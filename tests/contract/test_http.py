@@ -1,5 +1,6 @@
 """The credits service's contract over HTTP, call by call. Runs against any service: see `running`."""
 
+import asyncio
 from typing import Any
 from uuid import uuid4
 
@@ -174,6 +175,15 @@ async def test_batch_is_as_single_calls(service: Client) -> None:
     assert results[5]["body"] == {"status": "voided", "refunded": 20}
     assert (await service.refund(transaction, 2)).status_code == 200
     assert await service.balance() == 92
+
+
+@pytest.mark.slow
+async def test_concurrent_deductions_never_overdraw(service: Client) -> None:
+    """500 at once on an account for 300 of them: 300 succeed, and the balance ends at zero."""
+    await service.grant(300)
+    responses = await asyncio.gather(*(service.deduct(1, key=f"charge-{number}") for number in range(500)))
+    assert sorted(response.status_code for response in responses) == [201] * 300 + [402] * 200
+    assert await service.balance() == 0
 
 
 @pytest.mark.parametrize("amount", [0, -1, 1.5, 1.0, "1", True, None, 2**53, 10**400], ids=repr)

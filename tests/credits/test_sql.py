@@ -77,10 +77,10 @@ async def test_grant_balance_and_transactions(file: Path) -> None:
 
 
 async def test_start_on_a_ledger_in_use_is_a_clear_error(file: Path) -> None:
-    """It says what to do instead."""
+    """Before the first charge, and in a sentence."""
     owner = SqlCredits(file)
     await owner.start()
-    with pytest.raises(LedgerLocked, match="metered-billing serve"):
+    with pytest.raises(LedgerLocked, match="open in this process already"):
         await SqlCredits(file).start()
     await owner.aclose()
 
@@ -91,7 +91,7 @@ async def test_calls_on_a_ledger_in_use_are_answered(file: Path) -> None:
     await owner.start()
     answer = await second.deduct(charge())
     assert isinstance(answer, NotSent)
-    assert "in use" in answer.reason
+    assert "already" in answer.reason
     refunding = charge(state=State.REFUNDING, transaction_id="t", refund_credits=2)
     for unanswered in (
         await second.refund(refunding),

@@ -85,7 +85,7 @@ class TestOpenApi:
         """So that a generated client sends them."""
         deduct = document["paths"]["/v1/deductions"]["post"]
         assert deduct["security"] == [{"HTTPBearer": []}]
-        (key,) = [each for each in deduct["parameters"] if each["name"] == "idempotency-key"]
+        (key,) = [each for each in deduct["parameters"] if each["name"] == "Idempotency-Key"]
         assert key["required"]
         assert "security" not in document["paths"]["/healthz"]["get"]
 

@@ -120,14 +120,14 @@ async def test_idempotency_key_header_that_is_wrong(admin: httpx.AsyncClient, ke
     headers = [] if key is None else [("Idempotency-Key", key.encode("latin-1"))]
     response = await admin.post("/v1/deductions", json=GOOD, headers=headers)
     assert problem(response) == (422, "invalid-request")
-    assert fields(response) == ["idempotency-key"]
+    assert fields(response) == ["Idempotency-Key"]
 
 
 async def test_idempotency_key_header_sent_twice_is_refused(admin: httpx.AsyncClient) -> None:
     """Which of the two would it be?"""
     headers = [("Idempotency-Key", "a"), ("Idempotency-Key", "b")]
     response = await admin.post("/v1/deductions", json=GOOD, headers=headers)
-    assert fields(response) == ["idempotency-key"]
+    assert fields(response) == ["Idempotency-Key"]
 
 
 @pytest.mark.parametrize(

@@ -210,24 +210,31 @@ class SqliteBooks:
             (tenant_id, key, what.user_id or "", what.refunded, at),
         )
 
-    def page(self, tenant_id: str, user_id: str | None, before: int | None, limit: int) -> list[tuple[int, Entry]]:
-        """Entries with their sequence numbers, newest first.
+    def position(self, tenant_id: str, entry_id: str) -> int | None:
+        """An entry's sequence number; None if the tenant has no such entry."""
+        row = self._execute("SELECT seq FROM entries WHERE id = ? AND tenant_id = ?", (entry_id, tenant_id)).fetchone()
+        return row[0] if row else None
+
+    def page(self, tenant_id: str, user_id: str | None, before: int | None, limit: int) -> list[Entry]:
+        """Entries, newest first.
 
         Args:
             user_id: "" for the tenant's shared pool, None for all of the tenant's accounts.
             before: Only entries older than this sequence number.
         """
-        where, values = "tenant_id = ?", [tenant_id]
+        where: list[str] = ["tenant_id = ?"]
+        values: list[str | int] = [tenant_id]
         if user_id is not None:
-            where += " AND user_id = ?"
+            where.append("user_id = ?")
             values.append(user_id)
         if before is not None:
-            where += " AND seq < ?"
+            where.append("seq < ?")
+            values.append(before)
         rows = self._execute(
-            f"SELECT seq, {_ENTRY} FROM entries WHERE {where} ORDER BY seq DESC LIMIT ?",
-            (*values, *([] if before is None else [before]), limit),
+            f"SELECT {_ENTRY} FROM entries WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT ?",
+            (*values, limit),
         )
-        return [(row[0], _entry(row[1:])) for row in rows]
+        return [_entry(row) for row in rows]
 
 
 def entry_body(entry: Entry) -> dict[str, Any]:

@@ -39,11 +39,7 @@ class OwnerLock:
         except BlockingIOError:
             owner = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
             os.close(descriptor)
-            raise LedgerLocked(
-                f"{self._file} is in use{f' by process {owner}' if owner.isdigit() else ''}, and a SQLite "
-                "ledger has one owner. To share it, run `metered-billing serve --database sqlite:///…` and "
-                "give every process the service's URL as its credits"
-            ) from None
+            raise LedgerLocked(_in_use(self._file, owner)) from None
         except BaseException:
             os.close(descriptor)
             raise
@@ -62,6 +58,16 @@ class OwnerLock:
             os.close(self._descriptor)
             self._descriptor = None
             _held.discard(self)
+
+
+def _in_use(file: Path, owner: str) -> str:
+    if owner == str(os.getpid()):
+        return f"{file} is open in this process already: use that one, or close it first"
+    return (
+        f"{file} is in use{f' by process {owner}' if owner.isdigit() else ''}, and a SQLite ledger has one "
+        "owner. To share it, run `metered-billing serve --database sqlite:///…` and give every process the "
+        "service's URL as its credits"
+    )
 
 
 _held: set[OwnerLock] = set()

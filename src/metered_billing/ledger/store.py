@@ -1,7 +1,5 @@
 """The ledger as its callers see it: async, each command decided and committed as one."""
 
-import base64
-import re
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
@@ -12,9 +10,9 @@ from typing import Any, TypeVar
 from metered_billing.ledger.answers import Answer, Page
 from metered_billing.ledger.books import SqliteBooks, entry_body, prepare
 from metered_billing.ledger.commands import Command, Deduct, Grant, Refund, Void
-from metered_billing.ledger.failures import LedgerError, LedgerNotOpened, LedgerUnavailable
+from metered_billing.ledger.failures import LedgerCorrupt, LedgerError, LedgerNotOpened, LedgerUnavailable
 from metered_billing.ledger.owner import OwnerLock
-from metered_billing.ledger.rules import Stamp, decide
+from metered_billing.ledger.rules import Entry, Stamp, decide
 from metered_billing.runtime import Runtime
 from metered_billing.sqlite import SqliteFile, StorageError
 
@@ -145,13 +143,19 @@ class Ledger:
         """
         if not 1 <= limit <= MAX_PAGE:
             raise ValueError(f"limit must be 1 to {MAX_PAGE}")
-        before = None if cursor is None else _position(cursor)
-        found = await self._run(lambda books: books.page(tenant_id, user_id, before, limit + 1), durable=False)
+
+        def read(books: SqliteBooks) -> list[Entry] | None:
+            before = None if cursor is None else books.position(tenant_id, cursor)
+            if cursor is not None and before is None:
+                return None
+            return books.page(tenant_id, user_id, before, limit + 1)
+
+        found = await self._run(read, durable=False)
+        if found is None:
+            raise ValueError("cursor is not one that this ledger gave out")
         page = found[:limit]
-        return Page(
-            tuple(entry_body(entry) for _, entry in page),
-            _cursor(page[-1][0]) if len(found) > limit else None,
-        )
+        # The last entry's id, not its number: that would tell how many entries all tenants have.
+        return Page(tuple(map(entry_body, page)), page[-1].id if len(found) > limit else None)
 
     async def transaction(self, transaction_id: str, *, only_tenant: str | None = None) -> dict[str, Any] | None:
         """One entry with its refunds (and its void), oldest first; None if there is none.
@@ -194,22 +198,11 @@ class Ledger:
             return await self._file.run(lambda connection: work(SqliteBooks(connection)), durable=durable)
         except StorageError as error:
             raise LedgerNotOpened(str(error)) from error
+        except sqlite3.IntegrityError as error:
+            # The file's own walls held where the rules did not: repeating it would never help.
+            raise LedgerCorrupt(f"{self.path.name}: {error}") from error
         except (sqlite3.Error, OSError) as error:
             raise LedgerUnavailable(f"{self.path.name}: {error}") from error
         finally:
             with self._mutex:
                 self._calls -= 1
-
-
-def _cursor(position: int) -> str:
-    return base64.urlsafe_b64encode(str(position).encode()).decode().rstrip("=")
-
-
-def _position(cursor: str) -> int:
-    try:
-        text = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode()
-    except ValueError:
-        text = ""
-    if not re.fullmatch(r"[0-9]{1,18}", text):
-        raise ValueError("cursor is not one that this ledger gave out")
-    return int(text)

@@ -1,6 +1,7 @@
 """Errors as RFC 9457 problems, whatever went wrong; and their part of the OpenAPI document."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from starlette.responses import JSONResponse
 from metered_billing.errors import TYPE_PREFIX
 from metered_billing.ledger import LedgerError, LedgerUnavailable
 from metered_billing.ledger.answers import REFUSALS, Answer, problem
+
+_log = logging.getLogger("metered_billing.service")
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -109,6 +112,7 @@ def not_found() -> Problem:
 
 def unanswered(error: LedgerError) -> Problem:
     """503 or 500: the client has to take the operation as unknown. The reason stays in our log."""
+    _log.error("ledger gives no answer: %s", error)
     if isinstance(error, LedgerUnavailable):
         return Problem(
             "ledger-unavailable",

@@ -50,16 +50,19 @@ def _key(
     idempotency_key: Annotated[
         str,
         Header(
+            alias="Idempotency-Key",
             description="1 to 255 visible ASCII characters, bare or as the IETF draft's quoted string. "
             "The same key again gets the same answer, and moves nothing.",
             examples=["01980a5e-7c1e-7b5a-9a55-0e9d5c3a1f10"],
+            # For the description alone: `bodies.idempotency_key` decides, and says why.
+            json_schema_extra={"minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
         ),
     ],
 ) -> str:
     try:
         return bodies.idempotency_key(request.headers.getlist("idempotency-key"))
     except ValueError as error:
-        raise invalid([{"field": "idempotency-key", "message": str(error)}]) from None
+        raise invalid([{"field": "Idempotency-Key", "message": str(error)}]) from None
 
 
 TheLedger = Annotated[Ledger, Depends(_ledger)]

@@ -51,10 +51,16 @@ class Access:
 
 
 class Tokens:
-    """The tokens that the service accepts, as digests: the secrets themselves are not kept."""
+    """The tokens that the service accepts, as digests: the secrets themselves are not kept.
+
+    Args:
+        scopes: Scope by secret.
+
+    Raises:
+        ValueError: A scope is none.
+    """
 
     def __init__(self, scopes: Mapping[str, str]) -> None:
-        """Args: scopes: Scope by secret."""
         self._access = tuple((_digest(secret), _access(scope)) for secret, scope in scopes.items())
 
     def __len__(self) -> int:

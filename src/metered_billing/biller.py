@@ -8,8 +8,9 @@ is handed to a task of the settler's, which the request's cancellation does not 
 import asyncio
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 from opentelemetry.trace import Span
 
@@ -30,8 +31,13 @@ from metered_billing.errors import BillingError, BillingMisconfigured, CreditsUn
 from metered_billing.journal import Journal, JournalError
 from metered_billing.outcomes import Paid, Said
 from metered_billing.runtime import Runtime
-from metered_billing.settler import FIRST_BACKOFF_S, RECOVER_EVERY_S, Settler
+from metered_billing.settler import FIRST_BACKOFF_S, MAX_RETRY_AFTER_S, RECOVER_EVERY_S, Settler
 from metered_billing.telemetry import Telemetry, traceparent_of
+
+T = TypeVar("T")
+
+JOURNAL_WITHIN_S = 5.0
+"""What a request waits for its journal at a time: as long as for its credits."""
 
 
 class Charge:
@@ -205,7 +211,7 @@ class Biller:
         with self._telemetry.operation(names.SPAN_DEDUCT, record, parent=span) as operation:
             record = replace(record, traceparent=traceparent_of(operation.span))
             try:
-                await self._journal.open(record)
+                await self._soon(self._journal.open(record))
             except asyncio.CancelledError:
                 # The write may still land; nothing was sent, and nothing will be.
                 self._settler.spawn(record.id, self._settler.follow(record, NotSent("cancelled before it was sent")))
@@ -233,7 +239,7 @@ class Biller:
                 raise self._refusal(after, answer)
             operation.span.set_attribute(names.TRANSACTION_ID, answer.transaction_id)
             try:
-                won = await self._journal.write(record, after, durable=False)
+                won = await self._soon(self._journal.write(record, after, durable=False))
             except asyncio.CancelledError:
                 # The write is in the queue already, so this one comes behind it.
                 self._settler.spawn(record.id, self._settler.follow(after, Lost("cancelled before the route ran")))
@@ -253,6 +259,18 @@ class Biller:
             self._telemetry.log(names.LOG_DEDUCTED, after, balance=answer.balance)
         return Charge(after, paid, charge_id=after.id, account=after.account, balance=answer.balance, span=span)
 
+    async def _soon(self, write: Awaitable[T]) -> T:
+        """How a write to the journal went, unless that takes too long: a disk that hangs must not hang requests.
+
+        Raises:
+            JournalError: Too long, or failed. It may be written all the same.
+        """
+        try:
+            async with asyncio.timeout(JOURNAL_WITHIN_S):
+                return await write
+        except TimeoutError as error:
+            raise JournalError(f"not written within {JOURNAL_WITHIN_S} s") from error
+
     def _refusal(self, record: Record, answer: Declined | NotSent | Unknown) -> BillingError:
         """What the client is told of an answer that is not yes."""
         if isinstance(answer, Declined) and not answer.after_unknown:
@@ -261,8 +279,8 @@ class Biller:
         self._telemetry.log(names.LOG_UNAVAILABLE, record, reason=record.reason)
         if isinstance(answer, Unknown) and answer.misconfigured:
             return BillingMisconfigured(f"the credits service refused the deduction: {answer.reason}")
-        wait_s = None if isinstance(answer, Declined) else answer.retry_after_s
-        return CreditsUnavailable(max(math.ceil(wait_s or FIRST_BACKOFF_S), 1))
+        wait_s = (None if isinstance(answer, Declined) else answer.retry_after_s) or FIRST_BACKOFF_S
+        return CreditsUnavailable(math.ceil(min(max(wait_s, 1), MAX_RETRY_AFTER_S)))
 
     def free(self, paid: Paid, account: Account | None) -> Charge:
         """The charge of a request that costs nothing: nothing is journalled, sent or settled."""
@@ -277,10 +295,15 @@ class Biller:
         first outcome counts; further ones are ignored.
         """
         self._begin_outcome(charge, event)
-        if charge._written is not None:
-            # How it went is for `release` to look at; here it only has to be over.
-            with contextlib.suppress(Exception):
-                await asyncio.shield(charge._written)
+        written = charge._written
+        if written is None or written.done():
+            return
+        # How it went is for `release` to look at; here it only has to be over.
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(JOURNAL_WITHIN_S):
+                await asyncio.shield(written)
+        if not written.done():
+            self._telemetry.log(names.LOG_JOURNAL_FAILED, charge._record, reason=f"no outcome in {JOURNAL_WITHIN_S} s")
 
     def release(self, charge: Charge, event: Event) -> None:
         """The response is over, one way or the other: settle in the background.
@@ -303,6 +326,7 @@ class Biller:
         try:
             after = step(record, event, now=self._runtime.now())
             charge._written = asyncio.ensure_future(self._journal.write(record, after, durable=True))
+            charge._written.add_done_callback(_seen)
             charge._outcome = after
         except Exception as error:
             # A full queue, a closed journal, or a bug: the response goes out, and recovery refunds all.
@@ -343,3 +367,9 @@ class Biller:
             if record.transaction_id is not None:
                 span.set_attribute(names.TRANSACTION_ID, record.transaction_id)
             span.end()
+
+
+def _seen(written: asyncio.Future[bool]) -> None:
+    """Whoever waited for it may be gone by now."""
+    if not written.cancelled():
+        written.exception()

@@ -9,6 +9,7 @@ process died or a task was cancelled.
 import asyncio
 import contextlib
 import math
+import threading
 import weakref
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -28,11 +29,8 @@ from metered_billing.charge import (
     NoVoid,
     Record,
     Refunded,
-    Reported,
     State,
     Unanswered,
-    Unknown,
-    Unread,
     Voided,
     orphaned,
     step,
@@ -45,6 +43,9 @@ from metered_billing.telemetry import Telemetry
 RECOVER_EVERY_S = 10.0
 FIRST_BACKOFF_S = 1.0
 MAX_BACKOFF_S = 300.0
+MAX_RETRY_AFTER_S = 3_600.0
+"""The longest that a service can put us off for, at a time: a proxy's nonsense must not lose a refund."""
+
 AT_ONCE = 8
 """Refunds and voids that one round of recovery has under way at the same time."""
 
@@ -66,6 +67,8 @@ class _Loop:
         self.tasks: set[asyncio.Task[None]] = set()
         self.recovery: asyncio.Task[None] | None = None
         self.recovering = 0
+        self.resting = False
+        self.stopping = False
         self._clock = clock
         self._wake_at = math.inf
         self._woken = asyncio.Event()
@@ -77,15 +80,31 @@ class _Loop:
             self._woken.set()
 
     async def rest(self, at_most_s: float, at_least_s: float) -> None:
-        """Wait until recovery is to look again."""
+        """Wait until recovery is to look again, or to stop."""
         earliest = self._clock() + at_least_s
         self.wake_in(at_most_s)
-        while (wait_s := max(self._wake_at, earliest) - self._clock()) > 0:
+        self.resting = True
+        while not self.stopping and (wait_s := max(self._wake_at, earliest) - self._clock()) > 0:
             self._woken.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
                     await self._woken.wait()
+        self.resting = self.stopping
         self._wake_at = math.inf
+
+    def stop(self) -> None:
+        """Let recovery come to its end, with what it has under way."""
+        self.stopping = True
+        self._woken.set()
+
+    async def end(self) -> None:
+        """Cancel whatever is left, and what that leaves in turn."""
+        self.stopping = True
+        here = asyncio.current_task()
+        while left := [task for task in (*self.tasks, self.recovery) if task and task is not here and not task.done()]:
+            for task in left:
+                task.cancel()
+            await asyncio.wait(left)
 
 
 class Settler:
@@ -112,7 +131,9 @@ class Settler:
         self._recover_every_s = recover_every_s
         # Charges that somebody here is seeing to, and on which loop; recovery leaves them alone.
         self._live: dict[str, asyncio.AbstractEventLoop] = {}
+        self._claiming = threading.Lock()
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Loop] = weakref.WeakKeyDictionary()
+        self._reported: dict[str, str] = {}
         _SETTLERS.add(self)
 
     # Starting and stopping.
@@ -127,11 +148,15 @@ class Settler:
         loop = asyncio.get_running_loop()
         if loop in self._loops:
             return
-        await self._credits.start()
-        await self._journal.start()
+        try:
+            await self._credits.start()
+            await self._journal.start()
+        except BaseException:
+            await self._close()
+            raise
         if loop in self._loops:  # a concurrent first request was faster
             return
-        for other in [other for other in self._loops if other.is_closed()]:
+        for other in [other for other in list(self._loops) if other.is_closed()]:
             del self._loops[other]
         # What a closed loop was seeing to, nobody is.
         for charge_id in [charge_id for charge_id, at in list(self._live.items()) if at.is_closed()]:
@@ -148,26 +173,33 @@ class Settler:
         here = self._loops.get(loop)
         if here is None:
             return
-        if here.recovery is not None:
-            here.recovery.cancel()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                while any(at is loop for at in self._live.values()):
-                    await self._runtime.sleep(0.01)
-        tasks = [task for task in (*here.tasks, here.recovery) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        del self._loops[loop]
-        await self._credits.aclose()
-        if not any(not other.is_closed() for other in self._loops):
-            await self._journal.close()
+        here.stop()
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    while any(at is loop for at in list(self._live.values())):
+                        await self._runtime.sleep(0.01)
+        finally:
+            # First of all, so that what ends now is left to the journal.
+            self._loops.pop(loop, None)
+            await here.end()
+            await self._close()
+
+    async def _close(self) -> None:
+        try:
+            await self._credits.aclose()
+        finally:
+            if all(other.is_closed() for other in list(self._loops)):
+                await self._journal.close()
 
     @property
     def busy(self) -> bool:
         """Whether a refund or void is in flight on a loop that still runs."""
-        loops = list(self._loops.items())
-        return any(here.tasks or here.recovering for loop, here in loops if not loop.is_closed())
+        return any(
+            here.tasks or here.recovering or not here.resting
+            for loop, here in list(self._loops.items())
+            if not loop.is_closed()
+        )
 
     # Tasks.
 
@@ -181,27 +213,35 @@ class Settler:
 
     def spawn(self, charge_id: str, work: Coroutine[Any, Any, object]) -> None:
         """Run `work` in a task of our own, which nobody's cancellation reaches but the drain's."""
-        loop = asyncio.get_running_loop()
-        here = self._loops.get(loop)
-        if here is None:
-            # Drained already: it stays in the journal.
-            work.close()
+
+        def over(_: object = None) -> None:
+            work.close()  # it may have been cancelled before it began
             self._live.pop(charge_id, None)
+
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # a request that is collected with its closed loop
+            here = None
+        else:
+            here = self._loops.get(loop)
+        if here is None:
+            # Drained already, or the loop is about to close: it stays in the journal.
+            over()
             return
 
         async def run() -> None:
             try:
                 await work
             except JournalError as error:
-                self._telemetry.log(names.LOG_JOURNAL_FAILED, exc_info=error)
+                self._telemetry.log(names.LOG_JOURNAL_FAILED, exc_info=error, charge_id=charge_id)
             except Exception as error:
-                self._telemetry.log(names.LOG_DISPUTED, exc_info=error, charge_id=charge_id)
-            finally:
-                self._live.pop(charge_id, None)
+                # A bug of ours: recovery goes by what is on record.
+                self._telemetry.log(names.LOG_UNAVAILABLE, exc_info=error, charge_id=charge_id)
 
         task = loop.create_task(run(), name=f"metered-billing {charge_id}")
         here.tasks.add(task)
         task.add_done_callback(here.tasks.discard)
+        task.add_done_callback(over)
 
     # Settling, in the background.
 
@@ -209,17 +249,12 @@ class Settler:
         """Put an event on record, then do what is due."""
         # An outcome has to be on disk before its refund goes out; all else may be found again.
         after = step(record, event, now=self._runtime.now())
-        try:
-            won = await self._journal.write(record, after, durable=isinstance(event, Lost | Reported | Unread))
-        except JournalError as error:
-            self._telemetry.log(names.LOG_JOURNAL_FAILED, record, exc_info=error)
-            return
-        if not won:
+        if not await self._journal.write(record, after, durable=isinstance(event, Lost)):
             self._telemetry.log(names.LOG_OWNERSHIP_LOST, record)
-            return
-        if after.final:
+        elif after.final:
             self.say_final(after, None)
-        await self.drive(after, None)
+        else:
+            await self.drive(after, None)
 
     async def drive(self, record: Record, span: Span | None) -> Unanswered | None:
         """Do what is due until the charge is final, or has to wait: then say why.
@@ -235,26 +270,30 @@ class Settler:
                     operation.failed("unanswered", answer.reason)
                     await self._postpone(record, answer)
                     return answer
-                after = step(record, answer, now=self._runtime.now())
+                event, after = answer
                 if not await self._journal.write(record, after, durable=False):
                     operation.failed("ownership_lost")
                     self._telemetry.log(names.LOG_OWNERSHIP_LOST, record)
                     return None
                 if after.state is State.DISPUTED:
                     operation.failed("refused", after.reason)
-                self._say_moved(after, answer)
+                self._say_moved(after, event)
             record = after
         return None
 
-    async def _ask(self, record: Record) -> Event | Unanswered:
-        """Refund or void, whichever is due; where there are no voids, find out what happened."""
+    async def _ask(self, record: Record) -> tuple[Event, Record] | Unanswered:
+        """Refund or void, whichever is due. Returns the answer, and the record after it."""
         try:
+            answer: Event | NoVoid | Unanswered
             if record.state is State.REFUNDING:
-                return await self._credits.refund(record)
-            answer = await self._credits.void(record)
+                answer = await self._credits.refund(record)
+            else:
+                answer = await self._credits.void(record)
             if isinstance(answer, NoVoid):
-                return await self._undo_without_void(record)
-            return answer
+                answer = await self._undo_without_void(record)
+            if isinstance(answer, Unanswered):
+                return answer
+            return answer, step(record, answer, now=self._runtime.now())
         except Exception as error:
             # A bug in a backend must not lose the refund, nor stand in the way of others.
             self._telemetry.log(names.LOG_UNAVAILABLE, record, exc_info=error)
@@ -275,14 +314,17 @@ class Settler:
             if self._credits.remembers_declines:
                 return NotFound()
             return Unanswered("declined; looking again later", retry_after_s=LOOK_AGAIN_AFTER_S, declined=True)
-        return Unanswered(answer.reason if isinstance(answer, NotSent | Unknown) else "declined, in doubt")
+        if isinstance(answer, Declined):
+            return Unanswered("declined, in doubt")
+        return Unanswered(answer.reason, answer.retry_after_s, sent=not isinstance(answer, NotSent))
 
     async def _postpone(self, record: Record, answer: Unanswered) -> None:
         """Put on record when to try again; recovery does."""
         now = self._runtime.now()
         highest_s = min(FIRST_BACKOFF_S * 2 ** min(record.tries, 16), MAX_BACKOFF_S)
         # Half of it is certain, so that a service that is down is not asked without pause.
-        wait_s = max(answer.retry_after_s or 0.0, highest_s * self._runtime.random.uniform(0.5, 1.0))
+        wait_s = highest_s * self._runtime.random.uniform(0.5, 1.0)
+        wait_s = max(wait_s, min(answer.retry_after_s or 0.0, MAX_RETRY_AFTER_S))
         later = replace(
             record,
             tries=record.tries + 1,
@@ -315,7 +357,9 @@ class Settler:
             )
         elif isinstance(answer, Voided):
             self._telemetry.moved("voided", answer.refunded_credits)
-            self._telemetry.log(names.LOG_VOIDED, after, refunded=answer.refunded_credits, reason=after.reason)
+        if after.state is State.VOIDED:
+            refunded = answer.refunded_credits if isinstance(answer, Voided) else 0
+            self._telemetry.log(names.LOG_VOIDED, after, refunded=refunded, reason=after.reason)
         if after.final:
             self.say_final(after, None)
 
@@ -343,40 +387,66 @@ class Settler:
         Raises:
             JournalError: The journal cannot be read.
         """
-        now = self._runtime.now()
+        tried, _ = await self._look_through(self._runtime.now())
+        return tried
+
+    async def _look_through(self, now: float) -> tuple[int, bool]:
         await self._journal.adopt(now)
-        tried, _ = await self._recover_due(now)
+        try:
+            tried, reachable = await self._recover_due(now)
+        finally:
+            for name, why in list(self._journal.unusable.items()):
+                if self._reported.get(name) != why:
+                    self._reported[name] = why
+                    self._telemetry.log(names.LOG_JOURNAL_FAILED, unusable=name, reason=why)
         await self._journal.forget(now - KEEP_S, keep=KEEP_AT_MOST)
         self._telemetry.unsettled(await self._journal.unsettled(now))
-        return tried
+        return tried, reachable
 
     async def _recover_due(self, now: float) -> tuple[int, bool]:
         """Drive what is due. Returns how many were tried, and whether the service could be reached."""
-        tried = 0
-        while True:
-            records = await self._journal.due(now, besides=frozenset(self._live), limit=ROUND)
-            # Since then, another loop may have taken one of them up.
-            records = [record for record in records if record.id not in self._live]
-            if not records:
-                return tried, True
-            tried += len(records)
-            if not await self._recover_round(records):
-                return tried, False
-
-    async def _recover_round(self, records: list[Record]) -> bool:
-        """Recover these, a few at a time; False as soon as the service cannot be reached."""
         loop = asyncio.get_running_loop()
         here = self._loops.get(loop) or _Loop(self._runtime.monotonic)
+        tried = 0
+        stuck: set[str] = set()
+        before: set[str] = set()
         here.recovering += 1
-        self._live.update((record.id, loop) for record in records)
+        try:
+            while not here.stopping:
+                besides = frozenset(self._live) | stuck
+                found = await self._journal.due(now, besides=besides, limit=ROUND)
+                # What is due still, though it was just tried, could not even be postponed: not again in this pass.
+                stuck |= before & {record.id for record in found}
+                records = self._claim([record for record in found if record.id not in stuck], loop)
+                if not found:
+                    break
+                before = {record.id for record in records}
+                count, reachable = await self._recover_round(records, here)
+                tried += count
+                if not reachable:
+                    return tried, False
+            return tried, True
+        finally:
+            here.recovering -= 1
+
+    def _claim(self, records: list[Record], loop: asyncio.AbstractEventLoop) -> list[Record]:
+        """See to those that nobody has taken up since they were read, here or on another loop."""
+        with self._claiming:
+            mine = [record for record in records if record.id not in self._live]
+            self._live.update((record.id, loop) for record in mine)
+        return mine
+
+    async def _recover_round(self, records: list[Record], here: _Loop) -> tuple[int, bool]:
+        """Recover these, a few at a time; no more as soon as the service cannot be reached."""
         waiting = iter(records)
-        reachable = True
+        tried, reachable = 0, True
 
         async def worker() -> None:
-            nonlocal reachable
+            nonlocal tried, reachable
             for record in waiting:
-                if not reachable:
+                if here.stopping or not reachable:
                     return
+                tried += 1
                 answer = await self._recover_one(record)
                 if answer is not None and not answer.sent:
                     reachable = False
@@ -386,10 +456,9 @@ class Settler:
                 for _ in range(min(AT_ONCE, len(records))):
                     group.create_task(worker())
         finally:
-            here.recovering -= 1
             for record in records:
                 self.leave(record)
-        return reachable
+        return tried, reachable
 
     async def _recover_one(self, record: Record) -> Unanswered | None:
         with self._telemetry.operation(names.SPAN_RECOVER, record, linked=True) as operation:
@@ -412,27 +481,32 @@ class Settler:
     async def _recover_for_ever(self, here: _Loop) -> None:
         looked_at = -math.inf
         outages = 0
-        while True:
-            wait_s, reachable = self._recover_every_s, True
-            try:
-                if self._runtime.monotonic() - looked_at >= self._recover_every_s:
-                    looked_at = self._runtime.monotonic()
-                    await self.recover()
-                else:
-                    _, reachable = await self._recover_due(self._runtime.now())
+        try:
+            while not here.stopping:
+                wait_s, reachable = self._recover_every_s, True
                 now = self._runtime.now()
-                due = await self._journal.next_due(now)
-                if due is not None:
-                    wait_s = min(due - now, wait_s)
-            except JournalError as error:
-                self._telemetry.log(names.LOG_JOURNAL_FAILED, exc_info=error)
-            except Exception as error:
-                # A bug in one round must not end all recovery; the next round tries again.
-                self._telemetry.log(names.LOG_JOURNAL_FAILED, exc_info=error, reason="recovery failed")
-            outages = 0 if reachable else outages + 1
-            # However many are due, a service that cannot be reached is asked ever more seldom.
-            pause_s = min(FIRST_BACKOFF_S * 2 ** min(outages, 16), self._recover_every_s) if outages else 0.05
-            await here.rest(wait_s, pause_s)
+                try:
+                    if self._runtime.monotonic() - looked_at >= self._recover_every_s:
+                        looked_at = self._runtime.monotonic()
+                        _, reachable = await self._look_through(now)
+                    else:
+                        _, reachable = await self._recover_due(now)
+                    due = await self._journal.next_due(now)
+                    if due is not None:
+                        wait_s = min(due - self._runtime.now(), wait_s)
+                except Exception as error:
+                    # A journal that fails, or a bug: the next round tries again.
+                    self._telemetry.log(names.LOG_JOURNAL_FAILED, exc_info=error, reason="recovery failed")
+                outages = 0 if reachable else outages + 1
+                # However many are due, a service that cannot be reached is asked ever more seldom.
+                pause_s = min(FIRST_BACKOFF_S * 2 ** min(outages, 16), self._recover_every_s) if outages else 0.05
+                await here.rest(wait_s, pause_s)
+        except asyncio.CancelledError:
+            # The loop is about to close, or is drained. What ends now is left to the journal, so that no task
+            # of ours outlives the loop.
+            self._loops.pop(asyncio.get_running_loop(), None)
+            await here.end()
+            raise
 
 
 _SETTLERS: "weakref.WeakSet[Settler]" = weakref.WeakSet()
@@ -444,5 +518,5 @@ async def settled() -> None:
     One that waits for its next attempt is not in flight.
     """
     # Asked now and then, because they may be on other event loops than this one.
-    while any(settler.busy for settler in _SETTLERS):  # noqa: ASYNC110
+    while any(settler.busy for settler in list(_SETTLERS)):  # noqa: ASYNC110
         await asyncio.sleep(0.005)

@@ -128,7 +128,7 @@ class Connection:
         self._left = asyncio.Event()
         self._unread = [{"type": "http.request", "body": body, "more_body": False}]
         self.sent: list[Message] = []
-        self.scope = {
+        self.scope: dict[str, Any] = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
             "http_version": "1.1",

@@ -780,9 +780,7 @@ def test_client_without_a_lifespan_has_a_loop_for_each_request(tmp_path: Path) -
     app = Starlette(
         routes=[Route("/work", ten(JSONResponse({"results": statuses(8, 2)})), methods=["POST"])],
         middleware=[
-            Middleware(
-                MeteredBillingMiddleware, credits=stuck, journal=tmp_path / "journal", account=lambda: ANN
-            )
+            Middleware(MeteredBillingMiddleware, credits=stuck, journal=tmp_path / "journal", account=lambda: ANN)
         ],
     )
     client = TestClient(app)
@@ -806,7 +804,7 @@ def test_middleware_without_credits_says_what_to_do(monkeypatch: pytest.MonkeyPa
     """There is no default place for other people's money."""
     monkeypatch.delenv("METERED_BILLING_CREDITS", raising=False)
     with pytest.raises(ValueError, match="set METERED_BILLING_CREDITS"):
-        MeteredBillingMiddleware(_nothing)
+        MeteredBillingMiddleware(Starlette())
 
 
 @pytest.mark.parametrize(
@@ -825,18 +823,16 @@ def test_middleware_without_credits_says_what_to_do(monkeypatch: pytest.MonkeyPa
 async def test_middleware_refuses_what_cannot_be_right(bench: Stand, options: dict[str, Any]) -> None:
     """At construction, which is at start-up."""
     with pytest.raises(ValueError):
-        MeteredBillingMiddleware(_nothing, **bench.options(**options))
+        MeteredBillingMiddleware(Starlette(), **bench.options(**options))
 
 
 async def test_middleware_refuses_an_account_that_is_no_function(bench: Stand) -> None:
     """An Account says who pays always: that is what `lambda: …` is for."""
     with pytest.raises(TypeError, match="account must be a function"):
-        MeteredBillingMiddleware(_nothing, **bench.options(account=ANN))
+        MeteredBillingMiddleware(Starlette(), **bench.options(account=ANN))
 
 
-async def test_what_is_not_given_comes_from_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_is_not_given_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Credits, token and journal."""
     monkeypatch.setenv("METERED_BILLING_CREDITS", f"sqlite:///{tmp_path}/credits.db")
     monkeypatch.setenv("METERED_BILLING_JOURNAL", f"sqlite:///{tmp_path}/journal")

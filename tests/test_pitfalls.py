@@ -1,13 +1,14 @@
 """Mistakes seen in published packages of this kind: each is a test of ours."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
+from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -233,14 +234,14 @@ async def test_refund_names_the_charge_that_it_refunds(shop: Shop) -> None:
 async def test_402_behind_base_http_middleware_is_not_a_500(shop: Shop, outside: bool) -> None:
     """An exception raised inside `BaseHTTPMiddleware` would be one; ours is an answer."""
 
-    async def pass_on(request: Request, call_next: Any) -> Response:
-        return await call_next(request)  # type: ignore[no-any-return]
+    async def pass_on(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        return await call_next(request)
 
     shop.response = JSONResponse({"results": [{"status": "ok"}] * 10})
     if outside:
         shop.app.add_middleware(BaseHTTPMiddleware, dispatch=pass_on)
     else:
-        shop.app.user_middleware.append(type(shop.app.user_middleware[0])(BaseHTTPMiddleware, dispatch=pass_on))
+        shop.app.user_middleware.append(Middleware(BaseHTTPMiddleware, dispatch=pass_on))
     for _ in range(10):
         assert (await post(shop)).status_code == 200
     assert (await post(shop)).status_code == 402

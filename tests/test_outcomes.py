@@ -436,6 +436,13 @@ def test_count_items_without_units_change_no_sum() -> None:
     assert count(paid, ById([("a", False), ("b", True)]), Said(paid)) == Outcome(1, ("a",))
 
 
+def test_mismatch_names_the_first_three() -> None:
+    """Enough to know what to look for."""
+    paid = Paid(4, dict.fromkeys("abcd", 1))
+    words = "4 of 4 items not reported ('a', 'b', 'c', …)"
+    assert count(paid, ById([]), Said(paid)).mismatch == words
+
+
 def test_mismatch_stays_short_and_printable() -> None:
     """Thousands of hostile ids make one short line of log."""
     paid = Paid(1000, {f"{n}-{'y' * 200}": 1 for n in range(1000)})
@@ -880,6 +887,8 @@ def test_stream_that_reports_nothing(content_type: str, sent: Any) -> None:
     assert read(body, content_type=content_type, path="$.x") == Outcome(0, (), words)
     assert read(b"", content_type=content_type) == Outcome(3)
     assert read(b"", content_type=content_type, path="$.x") == Outcome(0, (), words)
+    assert read(body, paid=ABC, content_type=content_type) == Outcome(6)
+    assert read(body, paid=ABC, content_type=content_type, path="$.x").failed_items == ("a", "b", "c")
 
 
 def test_stream_with_more_and_fewer_reports_than_units() -> None:

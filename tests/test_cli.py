@@ -5,7 +5,9 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +180,28 @@ class TestUsage:
         assert (done.code, done.err.startswith(f"metered-billing: No answer from {nobody}")) == (1, True)
         done = run("grant", "--tenant", "acme", "--reason", "x", "5", CREDITS=nobody)
         assert re.search(r"repeat it with --key cli-[-0-9a-f]{36}", done.err)
+
+    @pytest.mark.parametrize("content", [b"<html>", b"[]", b'{"hello": "world"}'])
+    def test_something_else_than_a_service(self, run: Any, content: bytes) -> None:
+        """A sentence, and no guess at what it means."""
+
+        class Elsewhere(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: object) -> None:
+                """Nobody reads it."""
+
+        with HTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+            for command in ("balance", "transactions"):
+                done = run(command, "--tenant", "acme", CREDITS=f"http://127.0.0.1:{server.server_port}")
+                assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
+                assert "credits service" in done.err
+            server.shutdown()
 
     def test_missing_extra_is_one_sentence(self, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """It says what to install."""

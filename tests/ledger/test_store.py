@@ -120,6 +120,28 @@ class TestOwner:
         with pytest.raises(LedgerLocked):
             await Ledger(ledger.path).start()
 
+    async def test_call_that_cannot_open_the_file_does_not_keep_the_lock(self, ledger: Ledger) -> None:
+        """A file that is no ledger, say, is free for whoever can read it."""
+        sql(ledger, "PRAGMA user_version = 99")
+        with pytest.raises(LedgerNotOpened):
+            await ledger.balance("acme")
+        sql(ledger, "PRAGMA user_version = 0")
+        other = Ledger(ledger.path)
+        await other.start()
+        await other.close()
+
+    async def test_closing_under_load_ends_closed_and_free(self, ledger: Ledger) -> None:
+        """Calls that were under way are answered; those that come later open it again."""
+        await granted(ledger)
+        calls = [asyncio.ensure_future(ledger.deduct(deduct(1, key=f"c-{n}"))) for n in range(50)]
+        await asyncio.sleep(0)
+        await asyncio.gather(ledger.close(), *calls)
+        assert await ledger.balance("acme", "alice") == 50
+        await ledger.close()
+        other = Ledger(ledger.path)
+        assert await other.balance("acme", "alice") == 50
+        await other.close()
+
     async def test_directory_that_is_missing_is_a_clear_error(self, tmp_path: Path) -> None:
         """It names the file and the reason."""
         with pytest.raises(LedgerNotOpened, match=r"no/credits\.db cannot be opened: No such file"):
@@ -177,6 +199,17 @@ class TestFile:
         with pytest.raises(LedgerCorrupt, match=transaction):
             await ledger.void(void())
         assert await ledger.balance("acme", "alice") == 100
+
+    @pytest.mark.parametrize("held", [Held(5, 3), Held(-2, 10)], ids=["more than granted", "less than nothing"])
+    async def test_account_that_cannot_be_is_not_written_to(
+        self, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, held: Held
+    ) -> None:
+        """The rules look once more before they move anything."""
+        monkeypatch.setattr(SqliteBooks, "held", lambda *_: held)
+        with pytest.raises(LedgerCorrupt, match="would leave a balance"):
+            await ledger.grant(grant(1))
+        monkeypatch.undo()
+        assert await ledger.balance("acme", "alice") == 0
 
     async def test_command_that_the_file_refuses_is_not_answered(
         self, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
@@ -245,6 +278,12 @@ class TestConcurrency:
 
 
 class TestBatch:
+    async def test_batch_on_a_ledger_in_use_is_an_error_each(self, ledger: Ledger) -> None:
+        """Nothing is raised for the batch as a whole."""
+        await ledger.start()
+        answers = await Ledger(ledger.path).batch([void(), void()])
+        assert [type(answer) for answer in answers] == [LedgerLocked, LedgerLocked]
+
     async def test_batch_decides_in_order_in_one_commit(self, ledger: Ledger) -> None:
         """A grant, the deduction that it pays for, and the void of that."""
         await ledger.start()

@@ -1,5 +1,6 @@
 """The service as a whole: its description, its health, its spans, its start and end."""
 
+import asyncio
 import sqlite3
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from metered_billing.ledger import Ledger, LedgerLocked
 from metered_billing.ledger.books import SqliteBooks
-from metered_billing.service import InvalidTokens, Tokens, create_app, spans
+from metered_billing.service import InvalidTokens, Tokens, create_app, routes, spans
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 TRACEPARENT = f"00-{TRACE_ID}-00f067aa0ba902b7-01"
@@ -109,18 +110,26 @@ class TestTrouble:
         assert "secret" not in response.text
 
     @pytest.mark.usefixtures("broken")
-    async def test_storage_trouble_in_a_batch_is_each_operations_own(self, admin: httpx.AsyncClient) -> None:
-        """What did not touch the trouble goes through."""
+    async def test_storage_trouble_in_a_batch_is_every_operations(self, admin: httpx.AsyncClient) -> None:
+        """They share a commit: each is unknown, to be repeated singly."""
         operations = [
             {"op": "deduct", "tenant_id": "acme", "amount": 1, "idempotency_key": "k1"},
             {"op": "void", "tenant_id": "acme", "idempotency_key": "k2"},
         ]
         response = await admin.post("/v1/batch", json={"operations": operations})
-        assert [result["status"] for result in response.json()["results"]] == [503, 200]
+        assert [result["status"] for result in response.json()["results"]] == [503, 503]
 
     @pytest.mark.usefixtures("broken")
     async def test_healthz_says_that_the_ledger_is_not_well(self, admin: httpx.AsyncClient) -> None:
         """503: send requests elsewhere."""
+        assert (await admin.get("/healthz")).status_code == 503
+
+    async def test_healthz_does_not_wait_for_a_ledger_that_hangs(
+        self, admin: httpx.AsyncClient, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """503 within its time-out."""
+        monkeypatch.setattr(routes, "HEALTH_TIMEOUT_S", 0.01)
+        monkeypatch.setattr(ledger, "check", asyncio.Event().wait)
         assert (await admin.get("/healthz")).status_code == 503
 
     async def test_bug_is_a_500_problem(self, admin: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +175,16 @@ class TestSpans:
             spans.TRANSACTION_ID: transaction,
         }
         assert (again.attributes or {})[spans.REPLAYED] is True
+
+    async def test_operation_belongs_to_an_instrumented_servers_span(
+        self, admin: httpx.AsyncClient, exported: InMemorySpanExporter
+    ) -> None:
+        """Where the server has made one, that is in the caller's trace already."""
+        void = {"tenant_id": "acme", "idempotency_key": "k"}
+        with trace.get_tracer("server").start_as_current_span("POST /v1/voids") as server:
+            await admin.post("/v1/voids", json=void, headers={"traceparent": TRACEPARENT})
+        span, _ = exported.get_finished_spans()
+        assert span.parent == server.get_span_context()
 
     async def test_batch_has_a_span_for_each_operation(
         self, admin: httpx.AsyncClient, exported: InMemorySpanExporter

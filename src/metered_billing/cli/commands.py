@@ -108,9 +108,15 @@ def grant(
     """Put credits into an account."""
     own_key = key or f"cli-{new_uuid7()}"
     try:
-        answer = _ask(credits_url, token, lambda source: source.grant(tenant, user, amount, reason, own_key))
+        answer = _ask(
+            credits_url,
+            token,
+            lambda source: source.grant(tenant, user, amount, reason, own_key),
+            "amount",
+            "balance",
+        )
     except Failure as failure:
-        if not str(failure).startswith("No answer"):
+        if not failure.in_doubt:
             raise
         raise Failure(f"{failure} If in doubt, repeat it with --key {own_key}: that grants once.") from None
     if as_json:
@@ -130,7 +136,7 @@ def balance(
     as_json: AsJson = False,
 ) -> None:
     """Say what an account holds."""
-    answer = _ask(credits_url, token, lambda source: source.balance(tenant, user))
+    answer = _ask(credits_url, token, lambda source: source.balance(tenant, user), "balance")
     if as_json:
         terminal.say_json(answer)
     else:
@@ -148,7 +154,7 @@ def transactions(
     as_json: AsJson = False,
 ) -> None:
     """List what moved, newest first, with the refunds below their deductions."""
-    page = _ask(credits_url, token, lambda source: source.transactions(tenant, user, limit))
+    page = _ask(credits_url, token, lambda source: source.transactions(tenant, user, limit), "items", "next_cursor")
     if as_json:
         terminal.say_json(page)
     elif page["items"]:
@@ -157,7 +163,10 @@ def transactions(
         terminal.say(f"{tenant}: no transactions")
 
 
-def _ask(url: str | None, token: str | None, question: Callable[[Source], Awaitable[Document]]) -> Document:
+def _ask(
+    url: str | None, token: str | None, question: Callable[[Source], Awaitable[Document]], *members: str
+) -> Document:
+    """Put the question where the credits are; the answer has at least these members."""
     if not url:
         raise Failure("Say where the credits are: --credits URL, or METERED_BILLING_CREDITS.", 2)
 
@@ -165,7 +174,7 @@ def _ask(url: str | None, token: str | None, question: Callable[[Source], Awaita
         async with open_source(url, token) as source:
             return await question(source)
 
-    try:
-        return asyncio.run(ask())
-    except (KeyError, TypeError) as error:
-        raise Failure(f"The answer is not a credits service's: {error!r}.") from None
+    answer = asyncio.run(ask())
+    if not answer.keys() >= set(members):
+        raise Failure("That is an answer, but not a credits service's.")
+    return answer

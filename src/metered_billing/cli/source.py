@@ -8,7 +8,7 @@ import httpx
 
 from metered_billing.cli.failure import Failure
 from metered_billing.credits.sql import sqlite_path
-from metered_billing.ledger import Grant, Ledger, LedgerError
+from metered_billing.ledger import Grant, Ledger, LedgerError, LedgerNotOpened
 
 TIMEOUT_S = 10.0
 
@@ -46,7 +46,7 @@ async def open_source(url: str, token: str | None) -> AsyncIterator[Source]:
         await ledger.start()
         yield _File(ledger)
     except LedgerError as error:
-        raise Failure(f"{error}.") from None
+        raise Failure(f"{error}.", in_doubt=not isinstance(error, LedgerNotOpened)) from None
     finally:
         await ledger.close()
 
@@ -74,17 +74,20 @@ class _Service:
         try:
             response = await self._client.request(method, path, **content)
         except httpx.TransportError as error:
-            raise Failure(f"No answer from {where}: {str(error) or type(error).__name__}.") from None
+            reason = str(error) or type(error).__name__
+            raise Failure(f"No answer from {where}: {reason}.", in_doubt=True) from None
         try:
             document = response.json()
         except (ValueError, RecursionError):
             document = None
         if not isinstance(document, dict):
-            raise Failure(f"{where} answers {response.status_code}, and not as a credits service does.")
+            why = f"{where} answers {response.status_code}, and not as a credits service does."
+            raise Failure(why, in_doubt=True)
         if response.status_code == 401:
             raise Failure(f"{where} does not accept the token: set METERED_BILLING_TOKEN or --token.")
         if not response.is_success:
-            raise Failure(str(document.get("detail") or f"{where} answers {response.status_code}."))
+            why = str(document.get("detail") or f"{where} answers {response.status_code}.")
+            raise Failure(why, in_doubt=response.is_server_error)
         return document
 
 

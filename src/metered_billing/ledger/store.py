@@ -1,5 +1,6 @@
 """The ledger as its callers see it: async, each command decided and committed as one."""
 
+import asyncio
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
@@ -42,9 +43,10 @@ class Ledger:
             file = SqliteFile(Path(file).resolve(), "", self._runtime.executor())
         self._file = file
         self._lock = OwnerLock(file.path)
-        self._prepared = False
         self._mutex = threading.Lock()
-        self._calls = 0
+        self._calls = 0  # under way
+        self._opened = False  # the file may be open, so the lock is needed
+        self._prepared = False  # and it is known to be a ledger
 
     @property
     def path(self) -> Path:
@@ -62,6 +64,7 @@ class Ledger:
                 self._lock.acquire()
             except OSError as error:
                 raise LedgerNotOpened(f"{self.path} cannot be opened: {error.strerror or error}") from error
+        self._opened = True
         try:
             await self._file.run(prepare)
         except LedgerNotOpened as error:
@@ -70,16 +73,14 @@ class Ledger:
         except (StorageError, sqlite3.Error, OSError) as error:
             await self.close()
             raise LedgerNotOpened(f"{self.path} cannot be opened: {error}") from error
-        self._prepared = True
+        self._opened = self._prepared = True
 
     async def close(self) -> None:
         """Finish what is under way and let the next owner have the file."""
         self._prepared = False
         await self._file.close()
-        with self._mutex:
-            # A call that came meanwhile has opened it again: then it stays ours.
-            if self._calls == 0:
-                self._lock.release()
+        self._opened = False
+        self._release_if_idle()
 
     async def decide(self, command: Command) -> Answer:
         """Do what is asked, whatever it is, or say why not."""
@@ -113,15 +114,11 @@ class Ledger:
             return await self._run(
                 lambda books: [decide(books, command, stamp) for command, stamp in stamped], durable=True
             )
-        except LedgerError:
-            # One of them may have spoiled the commit of all: each for itself.
-            answers: list[Answer | LedgerError] = []
-            for command in commands:
-                try:
-                    answers.append(await self.decide(command))
-                except LedgerError as error:
-                    answers.append(error)
-            return answers
+        except LedgerUnavailable as error:
+            return [error for _ in commands]
+        except LedgerCorrupt:
+            # One of them has spoiled the commit of all: each for itself.
+            return list(await asyncio.gather(*map(self._try, commands)))
 
     async def balance(self, tenant_id: str, user_id: str | None = None) -> int:
         """What the account holds, in credits; 0 for one that is unknown."""
@@ -184,9 +181,21 @@ class Ledger:
         """Read something, to see whether the file answers."""
         await self._run(lambda books: books.held("", None), durable=False)
 
+    async def _try(self, command: Command) -> Answer | LedgerError:
+        try:
+            return await self.decide(command)
+        except LedgerError as error:
+            return error
+
     def _stamp(self) -> Stamp:
         at = datetime.fromtimestamp(self._runtime.now(), UTC).isoformat(timespec="milliseconds")
         return Stamp(self._runtime.new_id(), at.replace("+00:00", "Z"))
+
+    def _release_if_idle(self) -> None:
+        # A call that came while it was being closed opens it again: then the last call lets go, or nobody.
+        with self._mutex:
+            if self._calls == 0 and not self._opened:
+                self._lock.release()
 
     async def _run(self, work: Callable[[SqliteBooks], T], *, durable: bool) -> T:
         with self._mutex:
@@ -206,3 +215,4 @@ class Ledger:
         finally:
             with self._mutex:
                 self._calls -= 1
+            self._release_if_idle()

@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 from starlette.endpoints import HTTPEndpoint
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.websockets import WebSocket
 
@@ -776,3 +776,44 @@ def test_decoration_with_names_that_fit_is_not_refused() -> None:
     """`request` is always there, and what has a default need not be."""
     metered(cost=lambda n, request, extra=1: 1, on_disconnect="keep", on_unavailable="reject")(plain)
     assert settled is not None
+
+
+async def test_account_function_that_does_not_fit_is_answered_500_without_a_lifespan(bench: Stand) -> None:
+    """Where the app came after the check, the request finds out; nothing moves."""
+
+    def account(user: str) -> Account:
+        return Account(user)
+
+    app = fastapi_app(bench, account=account)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://app") as client:
+        await client.get("/nothing")
+        app.post("/work")(metered(cost=1)(Work()))
+        response = await client.post("/work", json=TEN)
+    assert (response.status_code, response.json()["type"]) == (500, "urn:metered-billing:billing-misconfigured")
+    assert await bench.moves() == []
+
+
+async def test_stream_of_an_endpoint_keeps_its_iterators_own_ways(bench: Stand) -> None:
+    """Whoever closes the stream by hand still can."""
+    closed = []
+
+    async def lines() -> AsyncIterator[str]:
+        try:
+            yield '{"status": "ok"}\n'
+            yield '{"status": "ok"}\n'
+        finally:
+            closed.append(True)
+
+    class Closing(StreamingResponse):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            await super().__call__(scope, receive, send)
+            await self.body_iterator.aclose()  # type: ignore[union-attr]
+
+    @metered(cost=2)
+    async def work() -> Response:
+        return Closing(lines(), media_type="application/x-ndjson")
+
+    assert (await post(app_with(bench, work))).status_code == 200
+    assert closed == [True]
+    assert await bench.moves() == [("deduction", -2)]

@@ -861,3 +861,51 @@ def test_charge_is_public() -> None:
     """What `current_charge` returns can be named in annotations."""
     with pytest.raises(LookupError):
         current_charge()
+
+
+async def test_outermost_without_routes_to_see_is_no_trouble(bench: Stand) -> None:
+    """An ASGI app of which nothing is known is served as it is."""
+
+    async def asgi(scope: Any, receive: Any, send: Any) -> None:
+        await Response("hello")(scope, receive, send)
+
+    connection = Connection(MeteredBillingMiddleware(asgi, **bench.options()), "/work")
+    await connection.run()
+    assert connection.body == b"hello"
+
+
+async def test_reader_of_ours_that_raises_while_it_is_fed_keeps_the_charge_for_a_person(
+    bench: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does a bug in the middle of a stream."""
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr("metered_billing.outcomes.streams.LineReader.feed", broken)
+    response = await post(app_with(bench, ten(lines(8, 2))))
+    assert len(response.text.splitlines()) == 10
+    assert await bench.moves() == [("deduction", -10)]
+
+
+async def test_balance_that_the_service_does_not_tell_is_left_out(bench: Stand) -> None:
+    """A service of another shape may have none to tell."""
+
+    class Silent(SqlCredits):
+        async def deduct(self, record: Any) -> Any:
+            from metered_billing.charge import Deducted
+
+            return Deducted("t-1", None)
+
+    credits = Silent(bench.directory / "silent.db")  # noqa: A001
+    response = await post(app_with(bench, ten(Response()), credits=credits))
+    assert response.headers["credits-transaction-id"] == "t-1"
+    assert "credits-balance" not in response.headers
+    await credits.aclose()
+
+
+async def test_error_that_is_streamed_tells_its_refund_at_once(bench: Stand) -> None:
+    """What an error refunds is known by its status, before its body is."""
+    response = await post(app_with(bench, ten(StreamingResponse(iter(["no"]), 500))))
+    assert (response.status_code, response.headers["credits-refunded"]) == (500, "10")
+    assert await bench.moves() == [("deduction", -10), ("refund", 10)]

@@ -1,0 +1,70 @@
+"""Settings: from words to clients and journals."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr, ValidationError
+
+from metered_billing import HttpCredits, Settings, SqlCredits
+from metered_billing.journal.sqlite import SqliteJournal
+from metered_billing.runtime import Runtime
+from metered_billing.settings import open_credits, open_journal
+from metered_billing.telemetry import Telemetry
+
+
+def opened(url: str, token: str | None = None) -> object:
+    return open_credits(url, SecretStr(token) if token else None, Runtime(), Telemetry())
+
+
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [
+        ("http://credits.internal", HttpCredits),
+        ("https://credits.internal/base", HttpCredits),
+        ("HTTPS://credits.internal", HttpCredits),
+        ("sqlite:///credits.db", SqlCredits),
+    ],
+)
+def test_credits_of_a_url(url: str, kind: type) -> None:
+    """The scheme says which client it is; nothing is connected by that."""
+    assert isinstance(opened(url), kind)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["credits.db", "ftp://user:hunter2@host", "postgresql://user:hunter2@host/db", "http://", "http://u:hunter2@h/"],
+)
+def test_credits_of_what_is_no_url_is_refused_without_its_secrets(url: str) -> None:
+    """The error names the kind of URL, never what stands in it."""
+    with pytest.raises(ValueError) as error:
+        opened(url)
+    assert "hunter2" not in str(error.value)
+
+
+def test_token_that_cannot_be_a_header_is_refused_without_showing_it() -> None:
+    """A line break in a token would write headers."""
+    with pytest.raises(ValueError) as error:
+        opened("http://credits.internal", "hunter2\r\nx: y")
+    assert "hunter2" not in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["dir", Path("dir"), "sqlite:///dir", "sqlite:////tmp/dir"])
+def test_journal_of_a_directory(place: str | Path) -> None:
+    """A path or its URL; nothing is opened by that."""
+    assert isinstance(open_journal(place, Runtime()), SqliteJournal)
+
+
+@pytest.mark.parametrize("place", ["", "redis://user:hunter2@host", "postgresql://user:hunter2@host/db"])
+def test_journal_of_what_is_no_directory_is_refused_without_its_secrets(place: str) -> None:
+    """Likewise."""
+    with pytest.raises(ValueError) as error:
+        open_journal(place, Runtime())
+    assert "hunter2" not in str(error.value)
+
+
+def test_settings_cannot_be_changed_and_do_not_show_the_token() -> None:
+    """They are read once."""
+    settings = Settings(token=SecretStr("hunter2"))
+    assert "hunter2" not in repr(settings)
+    with pytest.raises(ValidationError):
+        settings.journal = "elsewhere"

@@ -808,7 +808,7 @@ async def test_stream_of_an_endpoint_keeps_its_iterators_own_ways(bench: Stand) 
     class Closing(StreamingResponse):
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
             await super().__call__(scope, receive, send)
-            await self.body_iterator.aclose()  # type: ignore[union-attr]
+            await self.body_iterator.aclose()  # type: ignore[attr-defined]
 
     @metered(cost=2)
     async def work() -> Response:

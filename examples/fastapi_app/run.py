@@ -45,7 +45,7 @@ def main() -> int:
     try:
         ports = _port("PORT", 8000), _port("CREDITS_PORT", 8080)
         with _lock(FOLDER):
-            _prepare(FOLDER, keep=os.environ.get("KEEP") == "1")
+            prepare(FOLDER, keep=os.environ.get("KEEP") == "1")
             asyncio.run(_until_stopped(*ports))
     except CannotStart as error:
         print(error, file=sys.stderr)
@@ -153,7 +153,8 @@ def _lock(folder: Path) -> IO[str]:
     return lock
 
 
-def _prepare(folder: Path, *, keep: bool) -> None:
+def prepare(folder: Path, *, keep: bool) -> None:
+    """Make the folder ready: what the last run left goes, unless it is to be kept."""
     for path in folder.iterdir():
         if keep or path.name == "lock":
             continue

@@ -54,7 +54,7 @@ class Demo:
         self.port = free_port()
         self.credits_port = free_port()
         self.settings = {"PORT": str(self.port), "CREDITS_PORT": str(self.credits_port), **settings}
-        self.output = folder / "output.txt"
+        self.output = folder / f"output-{self.port}.txt"
         self.start()
 
     def start(self) -> None:
@@ -82,6 +82,14 @@ class Demo:
         eventually(said, within_s, f"{text!r} in\n{self.output.read_text()}")
         return self.output.read_text()
 
+    def starts_again(self, name: str) -> None:
+        """Kill one of its processes with -9, and wait until it is up again."""
+        up_again = f"the {name} process is up again"
+        times = self.output.read_text().count(up_again) + 1
+        os.kill(self.pid(name), signal.SIGKILL)
+        self.says(f"the {name} process was killed by SIGKILL", times=times)
+        self.says(up_again, times=times)
+
     def up(self) -> str:
         """Wait until it is up; what it has printed."""
         return self.says("Ctrl-C stops both.")
@@ -93,6 +101,12 @@ class Demo:
         else:
             self.process.send_signal(number)
         return self.process.wait(30)
+
+    def end(self) -> None:
+        """Whatever state it is in: leave nothing of it."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.stop()
 
     def pid(self, name: str) -> int:
         """The process id of `app` or `credits`."""
@@ -141,3 +155,17 @@ class Demo:
             if page["next_cursor"] is None:
                 return found
             cursor = {"cursor": page["next_cursor"]}
+
+    def movements(self, user: str = "alice") -> list[tuple[str, int]]:
+        """The kind and amount, in credits, of each of them."""
+        return [(entry["kind"], entry["amount"]) for entry in self.transactions(user)]
+
+    def settle(self) -> None:
+        """Wait until every request so far has had its refund: ours pay 8 of 10."""
+
+        def settled() -> bool:
+            entries = self.transactions()
+            returned = {entry["transaction_id"] for entry in entries if entry["kind"] in ("refund", "void")}
+            return returned >= {entry["id"] for entry in entries if entry["kind"] == "deduction"}
+
+        eventually(settled, 30, "the refunds of the test before")

@@ -202,9 +202,11 @@ class Bank:
             await self.world.point(f"…{name}")
             if fault is None:
                 return answer
-            return {"silence": silence, "not sent": not_sent}[fault.answer]() if isinstance(
-                fault.answer, str
-            ) else fault.answer
+            return (
+                {"silence": silence, "not sent": not_sent}[fault.answer]()
+                if isinstance(fault.answer, str)
+                else fault.answer
+            )
         finally:
             self._under_way -= 1
 
@@ -321,7 +323,7 @@ class Shaky:
             return False
         if kind == "kill":
             self.world.kill()
-        await asyncio.Event().wait()
+        return await asyncio.Event().wait()
 
 
 class World:
@@ -517,3 +519,6 @@ def striking(world: World, accident: Accident) -> Any:
 
 
 UNREAD = Unread("the reader raised")
+
+# `World.run` collects garbage, so that nothing dies unnoticed: all modules are spared that.
+gc.freeze()

@@ -76,9 +76,7 @@ OCCASIONS: Mapping[str, tuple[Event, int]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("state", "due", "event", "after"), ROWS, ids=[f"{s}-{e!r}-{due}" for s, due, e, _ in ROWS]
-)
+@pytest.mark.parametrize(("state", "due", "event", "after"), ROWS, ids=[f"{s}-{e!r}-{due}" for s, due, e, _ in ROWS])
 def test_step_follows_each_row_of_the_table(state: State, due: int, event: Event, after: State) -> None:
     """Every row of the design leads where the design says."""
     assert step(a_record(state, refund_credits=due), event, now=NOW).state is after
@@ -91,9 +89,7 @@ def test_rows_of_the_design_are_all_there_are() -> None:
     assert rows == table
 
 
-IMPOSSIBLE = [
-    (state, name) for state in State for name in OCCASIONS if name not in TRANSITIONS.get(state, {})
-]
+IMPOSSIBLE = [(state, name) for state in State for name in OCCASIONS if name not in TRANSITIONS.get(state, {})]
 
 
 @pytest.mark.parametrize(("state", "occasion"), IMPOSSIBLE)
@@ -178,9 +174,7 @@ def test_reason_is_kept_in_words(state: State, event: Event, reason: str) -> Non
 
 def test_reported_some_failed_refunds_the_rest() -> None:
     """Only failed items are refunded, and they are named."""
-    refunding = step(
-        a_record(State.DEDUCTED), Reported(8, failed_items=("a", "b"), reason="2 failed"), now=NOW
-    )
+    refunding = step(a_record(State.DEDUCTED), Reported(8, failed_items=("a", "b"), reason="2 failed"), now=NOW)
     assert (refunding.refund_credits, refunding.refund_items, refunding.reason) == (2, ("a", "b"), "2 failed")
     assert refunding.kept_credits == 8
 
@@ -297,11 +291,19 @@ def test_record_with_an_impossible_refund_raises(refund: int) -> None:
         dataclasses.replace(OPENED, refund_credits=refund)
 
 
-@pytest.mark.parametrize("amount", [1, MAX_AMOUNT])
+@pytest.mark.parametrize("amount", [1, 9_007_199_254_740_991])
 def test_record_at_the_limits_is_fine(amount: int) -> None:
     """The smallest and the largest amount are amounts, and can be refunded whole."""
+    assert amount in (1, MAX_AMOUNT)
     whole = dataclasses.replace(OPENED, amount_credits=amount, refund_credits=amount)
     assert whole.refund_credits == whole.amount_credits
+
+
+def test_record_begins_with_nothing_done() -> None:
+    """A new charge is opened and due at once: nothing refunded, nothing tried."""
+    assert OPENED.state is State.OPENED
+    assert (OPENED.refund_credits, OPENED.refund_items, OPENED.tries, OPENED.due_at) == (0, (), 0, 0.0)
+    assert (OPENED.transaction_id, OPENED.declined_at, OPENED.closed_at) == (None, None, None)
 
 
 def test_refund_key_is_the_charges_own() -> None:

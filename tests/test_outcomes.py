@@ -1035,8 +1035,25 @@ def test_events_by_the_standard(end: bytes, chunk: int | None) -> None:
 
 def test_events_bom_before_the_first_data() -> None:
     """A byte order mark at the start belongs to no field; later on it does."""
-    body = b"\xef\xbb\xbf" + events({"status": "ok"}) + b"\xef\xbb\xbf" + events({"status": "ok"})
-    assert read(body, paid=Paid(1), content_type=SSE, chunk=1) == Outcome(1)
+    body = b"\xef\xbb\xbf" + events({"status": "no"}) + b"\xef\xbb\xbf" + events({"status": "no"})
+    for chunk in (None, 1):
+        assert read(body, paid=Paid(1), content_type=SSE, chunk=chunk) == Outcome(0)
+
+
+def test_events_with_other_fields_between_their_data() -> None:
+    """Only an empty line ends an event."""
+    body = b'data: {"status":\n: a comment\nid: 7\ndata: "no"}\n\n'
+    assert read(body, paid=Paid(1), content_type=SSE) == Outcome(0)
+
+
+def test_events_of_exactly_the_limit() -> None:
+    """The limit holds for an event's data with its line ends."""
+    half = b"data: " + b'{"status":'.ljust(499) + b"\n"
+    fits = half + b"data: " + b'"no"}'.ljust(499) + b"\n\n"
+    longer = half + b"data: " + b'"no"}'.ljust(500) + b"\n\n"
+    assert read(fits, paid=Paid(1), content_type=SSE) == Outcome(0)
+    words = f"a line of more than {LIMIT} bytes"
+    assert read(longer + fits, paid=Paid(2), content_type=SSE) == Outcome(1, unreadable=words)
 
 
 def test_events_last_one_without_its_empty_line() -> None:

@@ -11,7 +11,7 @@ import contextlib
 import math
 import threading
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +37,7 @@ from metered_billing.charge import (
 )
 from metered_billing.credits import Credits
 from metered_billing.journal import Journal, JournalError
+from metered_billing.loops import LoopTasks
 from metered_billing.runtime import Runtime
 from metered_billing.telemetry import Telemetry
 
@@ -58,53 +59,6 @@ LOOK_AGAIN_AFTER_S = 300.0
 KEEP_S = 7 * 86_400.0
 KEEP_AT_MOST = 100_000
 """How long, and how many, final charges stay in the journal, for people to look at."""
-
-
-class _Loop:
-    """What belongs to one event loop: the tasks that settle, and the one that recovers."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.tasks: set[asyncio.Task[None]] = set()
-        self.recovery: asyncio.Task[None] | None = None
-        self.recovering = 0
-        self.resting = False
-        self.stopping = False
-        self._clock = clock
-        self._wake_at = math.inf
-        self._woken = asyncio.Event()
-
-    def wake_in(self, wait_s: float) -> None:
-        """Let recovery look again after so many seconds, if it would not do so earlier anyway."""
-        if self._clock() + wait_s < self._wake_at:
-            self._wake_at = self._clock() + wait_s
-            self._woken.set()
-
-    async def rest(self, at_most_s: float, at_least_s: float) -> None:
-        """Wait until recovery is to look again, or to stop."""
-        earliest = self._clock() + at_least_s
-        self.wake_in(at_most_s)
-        self.resting = True
-        while not self.stopping and (wait_s := max(self._wake_at, earliest) - self._clock()) > 0:
-            self._woken.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait_s):
-                    await self._woken.wait()
-        self.resting = self.stopping
-        self._wake_at = math.inf
-
-    def stop(self) -> None:
-        """Let recovery come to its end, with what it has under way."""
-        self.stopping = True
-        self._woken.set()
-
-    async def end(self) -> None:
-        """Cancel whatever is left, and what that leaves in turn."""
-        self.stopping = True
-        here = asyncio.current_task()
-        while left := [task for task in (*self.tasks, self.recovery) if task and task is not here and not task.done()]:
-            for task in left:
-                task.cancel()
-            await asyncio.wait(left)
 
 
 class Settler:
@@ -132,7 +86,7 @@ class Settler:
         # Charges that somebody here is seeing to, and on which loop; recovery leaves them alone.
         self._live: dict[str, asyncio.AbstractEventLoop] = {}
         self._claiming = threading.Lock()
-        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Loop] = weakref.WeakKeyDictionary()
+        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopTasks] = weakref.WeakKeyDictionary()
         self._reported: dict[str, str] = {}
         _SETTLERS.add(self)
 
@@ -161,7 +115,7 @@ class Settler:
         # What a closed loop was seeing to, nobody is.
         for charge_id in [charge_id for charge_id, at in list(self._live.items()) if at.is_closed()]:
             self._live.pop(charge_id, None)
-        here = self._loops[loop] = _Loop(self._runtime.monotonic)
+        here = self._loops[loop] = LoopTasks(self._runtime.monotonic)
         here.recovery = loop.create_task(self._recover_for_ever(here), name="metered-billing recovery")
 
     async def drain(self, timeout_s: float) -> None:
@@ -406,7 +360,7 @@ class Settler:
     async def _recover_due(self, now: float) -> tuple[int, bool]:
         """Drive what is due. Returns how many were tried, and whether the service could be reached."""
         loop = asyncio.get_running_loop()
-        here = self._loops.get(loop) or _Loop(self._runtime.monotonic)
+        here = self._loops.get(loop) or LoopTasks(self._runtime.monotonic)
         tried = 0
         stuck: set[str] = set()
         before: set[str] = set()
@@ -436,7 +390,7 @@ class Settler:
             self._live.update((record.id, loop) for record in mine)
         return mine
 
-    async def _recover_round(self, records: list[Record], here: _Loop) -> tuple[int, bool]:
+    async def _recover_round(self, records: list[Record], here: LoopTasks) -> tuple[int, bool]:
         """Recover these, a few at a time; no more as soon as the service cannot be reached."""
         waiting = iter(records)
         tried, reachable = 0, True
@@ -473,12 +427,13 @@ class Settler:
                     self._telemetry.log(names.LOG_RECOVERED, after, found=str(record.state), state=str(after.state))
                     record = after
                 return await self.drive(record, None)
-            except JournalError as error:
+            except Exception as error:
+                # The journal; or a bug, which must not stand in the way of others.
                 operation.failed("journal")
                 self._telemetry.log(names.LOG_JOURNAL_FAILED, record, exc_info=error)
-                return Unanswered("the journal failed", sent=False)
+                return Unanswered("the journal failed", sent=not isinstance(error, JournalError))
 
-    async def _recover_for_ever(self, here: _Loop) -> None:
+    async def _recover_for_ever(self, here: LoopTasks) -> None:
         looked_at = -math.inf
         outages = 0
         try:

@@ -1,0 +1,760 @@
+"""The journal on SQLite: what survives, who holds which file, and what becomes of what cannot be read."""
+
+import asyncio
+import dataclasses
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from metered_billing import sqlite as sqlite_module
+from metered_billing.charge import FINAL, MAX_AMOUNT, Account, Record, State
+from metered_billing.journal import JournalError, body_of, record_of
+from metered_billing.journal import lock as lock_module
+from metered_billing.journal import sqlite as module
+from metered_billing.journal.lock import FileLock
+from metered_billing.journal.sqlite import SqliteJournal
+from metered_billing.runtime import Runtime
+from tests.fakes import Inline
+
+ANN = Account("acme", "ann")
+
+
+@pytest.fixture
+async def journal(tmp_path: Path) -> AsyncIterator[SqliteJournal]:
+    journal = SqliteJournal(tmp_path)
+    await journal.start()
+    yield journal
+    await journal.close()
+
+
+def charge(journal: SqliteJournal, name: str = "c1", **more: Any) -> Record:
+    """A charge of 10 credits, of this journal's."""
+    return Record(
+        **{
+            "id": name,
+            "account": ANN,
+            "amount_credits": 10,
+            "units": 10,
+            "opened_at": 100.0,
+            "due_at": 100.0,
+            "owner": journal.owner,
+            **more,
+        }
+    )
+
+
+async def moved(journal: SqliteJournal, record: Record, **changes: Any) -> Record:
+    """The record, as it is after a write that has to succeed."""
+    after = dataclasses.replace(record, **changes)
+    assert await journal.write(record, after, durable=False)
+    return after
+
+
+async def everything(journal: SqliteJournal, now: float = 1e12) -> list[Record]:
+    return await journal.due(now, besides=(), limit=1000)
+
+
+def sql(path: Path, statement: str, *values: object) -> list[Any]:
+    """Run a statement behind the journal's back."""
+    connection = sqlite3.connect(path)
+    try:
+        connection.execute("PRAGMA journal_mode=WAL")  # as ours are
+        with connection:
+            return connection.execute(statement, values).fetchall()
+    finally:
+        connection.close()
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.glob("*.db"))
+
+
+# Writing: one compare-and-set.
+
+
+@pytest.mark.parametrize("change", [{"owner": "somebody"}, {"state": State.VOIDING}, {"id": "c2"}])
+async def test_write_of_what_has_moved_changes_nothing(journal: SqliteJournal, change: dict[str, Any]) -> None:
+    """Another owner, another state or no such charge: False, and what is on record stays."""
+    record = charge(journal)
+    await journal.open(record)
+    seen = dataclasses.replace(record, **change)
+    after = dataclasses.replace(seen, state=State.DEDUCTED, transaction_id="tx")
+    assert not await journal.write(seen, after, durable=True)
+    assert await everything(journal) == [record]
+
+
+async def test_outcome_on_record_is_never_changed(journal: SqliteJournal) -> None:
+    """Of two outcomes for one charge the first stands."""
+    record = charge(journal, state=State.DEDUCTED)
+    await journal.open(record)
+    settled = dataclasses.replace(record, state=State.SETTLED, closed_at=200.0)
+    lost = dataclasses.replace(record, state=State.REFUNDING, refund_credits=10)
+    results = await asyncio.gather(
+        journal.write(record, settled, durable=True), journal.write(record, lost, durable=True)
+    )
+    assert results == [True, False]
+    assert await everything(journal) == []
+
+
+async def test_charge_is_opened_once(journal: SqliteJournal) -> None:
+    """The same id again is refused."""
+    await journal.open(charge(journal))
+    with pytest.raises(JournalError, match="UNIQUE"):
+        await journal.open(charge(journal))
+
+
+async def test_what_no_database_takes_is_a_journal_error(journal: SqliteJournal) -> None:
+    """A lone surrogate in a request's id, say: refused, as any write that fails."""
+    with pytest.raises(JournalError, match="surrogates"):
+        await journal.open(charge(journal, request_id="\ud800"))
+
+
+async def test_cancelled_write_is_written(journal: SqliteJournal) -> None:
+    """It was in the queue before anybody waited for it."""
+    opening = asyncio.ensure_future(journal.open(charge(journal)))
+    opening.cancel()
+    await asyncio.gather(opening, return_exceptions=True)
+    assert [record.id for record in await everything(journal)] == ["c1"]
+
+
+async def test_journal_that_is_not_started_refuses(tmp_path: Path) -> None:
+    """Before the first start, and after close, until it is started again under another name."""
+    journal = SqliteJournal(tmp_path)
+    assert journal.owner == ""
+    for _ in range(2):
+        with pytest.raises(JournalError, match="closed"):
+            journal.open(charge(journal))
+        with pytest.raises(JournalError, match="closed"):
+            journal.write(charge(journal), charge(journal), durable=True)
+        for call in (journal.adopt(0), everything(journal), journal.next_due(0), journal.unsettled(0)):
+            with pytest.raises(JournalError, match="closed"):
+                await call
+        await journal.start()
+        await journal.close()
+        await journal.close()
+
+
+async def test_charge_from_before_a_restart_is_not_ours_any_more(journal: SqliteJournal) -> None:
+    """A request that outlived a drain cannot write; what it had on record is due under the new name."""
+    before = charge(journal)
+    await journal.open(before)
+    unopened = charge(journal, "c2")
+    await journal.close()
+    await journal.start()
+    assert journal.owner != before.owner
+    assert not await journal.write(before, dataclasses.replace(before, state=State.DEDUCTED), durable=False)
+    with pytest.raises(JournalError, match="before the journal was closed"):
+        await journal.open(unopened)
+    assert [(record.id, record.owner) for record in await everything(journal)] == [("c1", journal.owner)]
+
+
+# Reading.
+
+
+async def test_due_is_in_order_without_the_running_ones_up_to_a_limit(journal: SqliteJournal) -> None:
+    """The longest due first; not what is due later, final, or left out."""
+    for n in range(8):
+        await journal.open(charge(journal, f"c{n}", due_at=100.0 + (5 * n) % 8))
+    await moved(journal, charge(journal, "c1"), state=State.VOIDED, closed_at=1.0)
+    due = await journal.due(106.0, besides={"c0", "c5"}, limit=3)
+    assert [(record.id, record.due_at) for record in due] == [("c2", 102.0), ("c7", 103.0), ("c4", 104.0)]
+    assert await journal.next_due(106.0) == 107.0
+    assert await journal.next_due(107.0) is None
+
+
+async def test_unsettled_counts_by_state_with_the_oldest_age(journal: SqliteJournal) -> None:
+    """Final charges do not count."""
+    for n, state in enumerate([State.OPENED, State.OPENED, State.REFUNDING, State.SETTLED]):
+        closed_at = 5.0 if state in FINAL else None
+        await journal.open(charge(journal, f"c{n}", state=state, opened_at=100.0 + n, closed_at=closed_at))
+    assert await journal.unsettled(200.0) == {"opened": (2, 100.0), "refunding": (1, 98.0)}
+
+
+@pytest.mark.parametrize(("keep", "left"), [(0, 0), (3, 3), (4, 4), (9, 5)])
+async def test_forget_keeps_the_newest(journal: SqliteJournal, keep: int, left: int) -> None:
+    """Exactly so many, also where they became final in the same instant; unsettled and disputed ones stay."""
+    for n in range(9):
+        closed_at = 100.0 if n < 5 else 100.0 + n
+        await journal.open(charge(journal, f"c{n}", state=State.SETTLED, closed_at=closed_at))
+    for n in range(4):
+        await journal.open(charge(journal, f"d{n}", state=State.DISPUTED, closed_at=1.0 + 500 * (n % 2)))
+    await journal.open(charge(journal, "o"))
+    forgotten = await journal.forget(50.0, keep=keep)
+    path = journal._place().path
+    kept = [row[0] for row in sql(path, "SELECT id FROM charges WHERE state = 'settled' ORDER BY id")]
+    assert forgotten == 9 - len(kept)
+    assert len(kept) == min(keep, 9)
+    assert kept == [f"c{n}" for n in range(9 - len(kept), 9)]
+    assert len(sql(path, "SELECT id FROM charges WHERE state IN ('disputed', 'opened')")) == 5
+    assert left <= 9
+
+
+async def test_forget_deletes_what_is_old_a_little_at_a_time(
+    journal: SqliteJournal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number, each deletion is small."""
+    monkeypatch.setattr(module, "AT_A_TIME", 2)
+    for n in range(7):
+        await journal.open(charge(journal, f"c{n}", state=State.SETTLED, closed_at=float(n)))
+    assert await journal.forget(5.0, keep=100) == 5
+    assert await journal.forget(5.0, keep=100) == 0
+
+
+TEXT = st.text(max_size=30)
+ID = st.from_regex(r"[^\x00-\x1f\x7f]{1,40}", fullmatch=True)
+TIME = st.floats(0, 1e12)
+RECORDS = st.builds(
+    lambda refund, **fields: Record(refund_credits=min(refund, fields["amount_credits"]), **fields),
+    refund=st.integers(0, MAX_AMOUNT),
+    id=ID,
+    account=st.builds(Account, ID, st.none() | ID),
+    amount_credits=st.integers(1, MAX_AMOUNT),
+    units=st.integers(0, MAX_AMOUNT),
+    state=st.sampled_from(State),
+    opened_at=TIME,
+    request_id=st.none() | TEXT,
+    metadata=st.dictionaries(TEXT, TEXT, max_size=3),
+    transaction_id=st.none() | TEXT,
+    refund_items=st.lists(TEXT, max_size=3).map(tuple),
+    reason=st.none() | TEXT,
+    traceparent=st.none() | TEXT,
+    tries=st.integers(0, 2**40),
+    due_at=TIME,
+    declined_at=st.none() | TIME,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
+@given(record=RECORDS, after=RECORDS)
+def test_record_comes_back_exactly_as_it_was(tmp_path_factory: Any, record: Record, after: Record) -> None:
+    """Every field, opened and rewritten: empty strings, zero, and midnight of 1 January 1970 too."""
+
+    async def there_and_back() -> None:
+        journal = SqliteJournal(tmp_path_factory.mktemp("j"), runtime=Runtime(executor=Inline))
+        await journal.start()
+        opened = dataclasses.replace(record, owner=journal.owner, closed_at=None)
+        await journal.open(opened)
+        assert await everything(journal) == [opened]
+        changed = dataclasses.replace(
+            after, id=opened.id, owner=opened.owner, opened_at=opened.opened_at, request_id=opened.request_id
+        )
+        assert await journal.write(opened, changed, durable=False)
+        assert await everything(journal) == [changed]
+        await journal.close()
+
+    asyncio.run(there_and_back())
+
+
+@given(record=RECORDS, closed_at=st.none() | TIME)
+def test_body_and_columns_are_the_whole_record(record: Record, closed_at: float | None) -> None:
+    """For any journal: nothing is lost between them."""
+    record = dataclasses.replace(record, owner="me", closed_at=closed_at)
+    assert record == record_of(
+        record.id,
+        body_of(record),
+        owner=record.owner,
+        state=str(record.state),
+        opened_at=record.opened_at,
+        tries=record.tries,
+        due_at=record.due_at,
+        closed_at=record.closed_at,
+    )
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["", "{", "null", "[]", "1", '"text"', "{}", '{"tenant_id": ""}', "[" * 100_000],
+)
+def test_body_that_is_none_is_a_journal_error(body: str) -> None:
+    """It names the charge."""
+    with pytest.raises(JournalError, match="charge c1 cannot be read"):
+        record_of("c1", body, owner="me", state="opened", opened_at=1, tries=0, due_at=1, closed_at=None)
+
+
+# What survives.
+
+DIES = """
+    import asyncio, dataclasses, os, signal, sys
+    from metered_billing.charge import Account, Record, State
+    from metered_billing.journal import JournalError
+    from metered_billing.journal.sqlite import SqliteJournal
+
+    def child(journal, record, tell):
+        try:
+            journal.open(record)
+        except JournalError:
+            asyncio.run(of_its_own(journal, record))
+        os.write(tell, b".")
+        sys.stdin.read()
+        os._exit(0)
+
+    async def of_its_own(journal, record):
+        await journal.start()
+        await journal.open(dataclasses.replace(record, id="child", owner=journal.owner))
+        print(journal.owner, flush=True)
+
+    async def main():
+        journal = SqliteJournal(sys.argv[1])
+        await journal.start()
+        for state in State:
+            final = state in ("settled", "declined", "abandoned", "voided", "disputed")
+            record = Record(id=str(state), account=Account("acme"), amount_credits=3, units=3, opened_at=1.0,
+                            owner=journal.owner, due_at=1.0)
+            after = dataclasses.replace(record, state=state, closed_at=2.0 if final else None)
+            await journal.open(record)
+            await journal.write(record, after, durable=False)
+        await journal.open(dataclasses.replace(record, id="last"))
+        print("ready", flush=True)
+        if sys.argv[2] == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if sys.argv[2] == "fork":
+            ready, tell = os.pipe()
+            if os.fork() == 0:
+                child(journal, record, tell)
+            os.read(ready, 1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        sys.stdin.read()
+
+    asyncio.run(main())
+"""
+LEFT = ["deducted", "last", "opened", "refunding", "voiding"]
+
+
+def process(directory: Path, what: str) -> subprocess.Popen[str]:
+    """A process that has written charges of all states, and then dies, lives on or forks."""
+    other = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(DIES), str(directory), what],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == "ready\n"
+    return other
+
+
+def end(other: subprocess.Popen[str]) -> None:
+    other.communicate(timeout=20)
+
+
+@pytest.mark.slow
+async def test_charges_of_a_killed_process_are_taken_by_the_next(tmp_path: Path) -> None:
+    """kill -9 right after `open` returned: all that is not final is due at once, under a new name."""
+    other = process(tmp_path, "die")
+    end(other)
+    assert other.returncode == -signal.SIGKILL
+    journal = SqliteJournal(tmp_path)
+    await journal.start()
+    now = Runtime().now()
+    found = await journal.due(now, besides=(), limit=100)
+    assert sorted(record.id for record in found) == LEFT
+    assert {record.owner for record in found} == {journal.owner}
+    assert names(tmp_path) == ["charges-0.db"]
+    assert await moved(journal, found[0], state=State.VOIDING)
+    await journal.close()
+
+
+@pytest.mark.slow
+async def test_living_process_is_left_alone_and_a_dead_one_adopted(tmp_path: Path) -> None:
+    """Two real processes: while the other lives, its file is not touched; when it is killed, it is taken over,
+    and given back when nothing is left in it."""
+    other = process(tmp_path, "live")
+    journal = SqliteJournal(tmp_path)
+    await journal.start()
+    assert names(tmp_path) == ["charges-0.db", "charges-1.db"]
+    assert await journal.adopt(7.0) == 0
+    assert await everything(journal) == []
+    other.kill()
+    end(other)
+    assert await journal.adopt(7.0) == len(LEFT)
+    found = await everything(journal)
+    assert sorted(record.id for record in found) == LEFT
+    assert {record.due_at for record in found} == {7.0}
+    await journal.open(charge(journal, "own", due_at=5.0))
+    assert [record.id for record in await journal.due(7.0, besides=(), limit=1)] == ["own"]
+    assert await journal.unsettled(101.0) == {
+        "opened": (3, 100.0),
+        "deducted": (1, 100.0),
+        "refunding": (1, 100.0),
+        "voiding": (1, 100.0),
+    }
+    assert await journal.next_due(5.0) == 7.0
+    for record in found[:-1]:
+        await moved(journal, record, state=State.VOIDED, closed_at=8.0)
+    assert await journal.adopt(8.0) == 0
+    third = SqliteJournal(tmp_path)
+    await third.start()
+    assert names(tmp_path) == ["charges-0.db", "charges-1.db", "charges-2.db"]
+    await moved(journal, found[-1], state=State.VOIDED, closed_at=8.0)
+    assert await journal.adopt(9.0) == 0
+    fourth = SqliteJournal(tmp_path)
+    await fourth.start()
+    assert names(tmp_path) == ["charges-0.db", "charges-1.db", "charges-2.db"]
+    for each in (journal, third, fourth):
+        await each.close()
+
+
+@pytest.mark.slow
+async def test_forked_child_does_not_hold_its_dead_parents_file(tmp_path: Path) -> None:
+    """It outlives its parent, whose charges are adopted all the same; and it can take a place of its own."""
+    other = process(tmp_path, "fork")
+    assert other.stdout is not None
+    owner = other.stdout.readline().strip()
+    assert owner
+    other.wait(20)
+    journal = SqliteJournal(tmp_path)
+    await journal.start()
+    await journal.adopt(7.0)
+    found = sorted(record.id for record in await everything(journal))
+    assert found == LEFT
+    end(other)
+    assert await journal.adopt(8.0) == 1
+    assert "child" in [record.id for record in await everything(journal)]
+    await journal.close()
+
+
+async def test_same_directory_twice_in_one_process_is_two_files(journal: SqliteJournal, tmp_path: Path) -> None:
+    """Neither sees, nor adopts, what is the other's, until it is closed."""
+    second = SqliteJournal(tmp_path)
+    await second.start()
+    await journal.open(charge(journal))
+    assert await second.adopt(1.0) == 0
+    assert await everything(second) == []
+    await journal.close()
+    assert await second.adopt(1.0) == 1
+    assert [record.id for record in await everything(second)] == ["c1"]
+    await second.close()
+
+
+async def test_concurrent_starts_take_one_place(tmp_path: Path) -> None:
+    """Fifty first requests at once: one file; all wait until it is there."""
+    journal = SqliteJournal(tmp_path)
+    await asyncio.gather(*(journal.start() for _ in range(50)))
+    assert names(tmp_path) == ["charges-0.db"]
+    await journal.close()
+
+
+async def test_interrupted_start_can_be_repeated(tmp_path: Path) -> None:
+    """Whoever waited for it is told, and the place is free for the next try."""
+    journal = SqliteJournal(tmp_path)
+    first = asyncio.ensure_future(journal.start())
+    await asyncio.sleep(0)
+    second = asyncio.ensure_future(journal.start())
+    await asyncio.sleep(0)
+    first.cancel()
+    results = await asyncio.gather(first, second, return_exceptions=True)
+    assert [type(result) for result in results] == [asyncio.CancelledError, JournalError]
+    await journal.start()
+    assert names(tmp_path) == ["charges-0.db"]
+    await journal.close()
+
+
+async def test_file_that_nobody_wrote_to_is_not_opened_again_and_again(journal: SqliteJournal, tmp_path: Path) -> None:
+    """A dead process's file with nothing left in it costs nothing; one write by somebody, and it is looked at."""
+    other = SqliteJournal(tmp_path)
+    await other.start()
+    await other.close()
+    assert await journal.adopt(1.0) == 0
+    commits: list[str] = []
+    taking = FileLock.take
+
+    def take(path: Path) -> FileLock | None:
+        commits.append(path.name)
+        return taking(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileLock, "take", take)
+        assert await journal.adopt(1.0) == 0
+        assert commits == []
+        await other.start()
+        await other.open(charge(other))
+        commits.clear()
+        assert await journal.adopt(1.0) == 0
+        assert commits == ["charges-1.lock"]
+        await other.close()
+        assert await journal.adopt(1.0) == 1
+    await journal.close()
+
+
+# What cannot be had, or read.
+
+
+async def test_directory_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
+    """It names the directory and the reason."""
+    (tmp_path / "file").write_text("")
+    journal = SqliteJournal(tmp_path / "file" / "journal")
+    with pytest.raises(JournalError, match=r"no journal can be kept in .*journal: .*Not a directory"):
+        await journal.start()
+
+
+async def test_directory_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:
+    """A lock file can be made where no database can: still an error, not an endless search for a free number."""
+    (tmp_path / "charges-0.db-wal").mkdir()
+    journal = SqliteJournal(tmp_path)
+    with pytest.raises(JournalError, match=r"charges-0.db: "):
+        await asyncio.wait_for(journal.start(), 5)
+    (tmp_path / "charges-0.db-wal").rmdir()
+    await journal.start()
+    await journal.close()
+
+
+async def test_other_version_keeps_the_app_from_starting(tmp_path: Path) -> None:
+    """Its charges may be owed refunds: the error says what to do, and the file stays as it is."""
+    sql(tmp_path / "charges-0.db", "PRAGMA user_version = 2")
+    before = (tmp_path / "charges-0.db").read_bytes()
+    journal = SqliteJournal(tmp_path)
+    with pytest.raises(JournalError, match=r"version 2; this release reads 1\. Run the release that wrote it"):
+        await journal.start()
+    assert (tmp_path / "charges-0.db").read_bytes() == before
+
+
+LETTER = b"not a database, but a letter to mother\n" * 200
+
+
+def of_other_version(path: Path) -> None:
+    sql(path, "PRAGMA user_version = 2")
+
+
+def of_other_tables(path: Path) -> None:
+    sql(path, "CREATE TABLE charges (x)")
+    sql(path, "PRAGMA user_version = 1")
+
+
+UNUSABLE: list[Callable[[Path], object]] = [
+    lambda path: path.write_bytes(LETTER),
+    lambda path: path.write_bytes(LETTER[:7]),
+    lambda path: path.mkdir(),
+    of_other_version,
+    of_other_tables,
+]
+
+
+@pytest.mark.parametrize("spoil", UNUSABLE)
+async def test_unusable_file_is_skipped_when_adopting(
+    journal: SqliteJournal, tmp_path: Path, spoil: Callable[[Path], object]
+) -> None:
+    """It is reported, stays as it is, and stops neither our own nor other files; once it is gone, so is the report."""
+    spoiled = tmp_path / "charges-1.db"
+    spoil(spoiled)
+    before = spoiled.read_bytes() if spoiled.is_file() else None
+    other = SqliteJournal(tmp_path / "other")
+    await other.start()
+    await other.open(charge(other, "theirs"))
+    await other.close()
+    (tmp_path / "other" / "charges-0.db").rename(tmp_path / "charges-2.db")
+    await journal.open(charge(journal, "ours"))
+    for found in (1, 0):
+        assert await journal.adopt(1.0) == found
+        assert sorted(record.id for record in await everything(journal)) == ["ours", "theirs"]
+        assert list(journal.unusable) == ["charges-1.db"]
+    assert "charges-1.db" in journal.unusable["charges-1.db"]
+    assert before is None or spoiled.read_bytes() == before
+    spoiled.rename(tmp_path / "aside")
+    (tmp_path / "charges-1.db").touch()
+    assert await journal.adopt(1.0) == 0
+    assert journal.unusable == {}
+
+
+@pytest.mark.parametrize("spoil", [UNUSABLE[0], UNUSABLE[4]])
+async def test_unusable_file_is_passed_by_when_starting(tmp_path: Path, spoil: Callable[[Path], object]) -> None:
+    """The next number is taken; what could not be read is reported and stays as it is."""
+    spoil(tmp_path / "charges-0.db")
+    before = (tmp_path / "charges-0.db").read_bytes()
+    journal = SqliteJournal(tmp_path)
+    await journal.start()
+    await journal.open(charge(journal))
+    assert list(journal.unusable) == ["charges-0.db"]
+    assert (tmp_path / "charges-0.db").read_bytes() == before
+    assert names(tmp_path) == ["charges-0.db", "charges-1.db"]
+    await journal.close()
+
+
+async def test_lock_that_cannot_be_had_stops_no_other_file(journal: SqliteJournal, tmp_path: Path) -> None:
+    """Somebody else's permissions, say."""
+    (tmp_path / "charges-7.lock").mkdir()
+    (tmp_path / "charges-7.db").touch()
+    await journal.open(charge(journal))
+    assert await journal.adopt(1.0) == 0
+    assert "Is a directory" in journal.unusable["charges-7.db"]
+    assert len(await everything(journal)) == 1
+
+
+async def test_adopted_file_that_fails_later_is_set_aside(journal: SqliteJournal, tmp_path: Path) -> None:
+    """Our own charges go on; when it can be read again, it is adopted again."""
+    other = SqliteJournal(tmp_path)
+    await other.start()
+    await other.open(charge(other, "theirs"))
+    await other.close()
+    await journal.open(charge(journal, "ours"))
+    assert await journal.adopt(1.0) == 1
+    slot = next(iter(journal._adopted.values()))
+    await slot.run(lambda connection: connection.execute("ALTER TABLE charges RENAME TO hidden"), durable=True)
+    assert [record.id for record in await everything(journal)] == ["ours"]
+    assert "no such table" in journal.unusable["charges-1.db"]
+    sql(tmp_path / "charges-1.db", "ALTER TABLE hidden RENAME TO charges")
+    assert await journal.adopt(1.0) == 1
+    assert journal.unusable == {}
+    assert len(await everything(journal)) == 2
+
+
+async def test_own_file_that_fails_is_an_error(journal: SqliteJournal) -> None:
+    """Nothing to go on with: whoever asks is told."""
+    await journal._place().run(lambda connection: connection.execute("DROP TABLE charges"), durable=True)
+    with pytest.raises(JournalError, match="no such table"):
+        await everything(journal)
+
+
+@pytest.mark.parametrize("column", ["body = '{'", "body = '{}'", "state = 'strange'", "body = x'ff'"])
+async def test_row_that_cannot_be_read_stops_no_other(journal: SqliteJournal, column: str) -> None:
+    """It is reported by its charge's id, not deleted, and counts as unsettled."""
+    for n in range(3):
+        await journal.open(charge(journal, f"c{n}"))
+    sql(journal._place().path, f"UPDATE charges SET {column} WHERE id = 'c1'")
+    assert [record.id for record in await everything(journal)] == ["c0", "c2"]
+    assert [record.id for record in await journal.due(200.0, besides=(), limit=1)] == ["c0"]
+    assert "charge c1 cannot be read" in journal.unusable["charge c1"]
+    assert sum(count for count, _ in (await journal.unsettled(200.0)).values()) == 3
+
+
+@pytest.mark.parametrize("removed", ["charges-0.db", "charges-0.lock"])
+async def test_removed_file_takes_nothing_new_and_finishes_what_it_has(
+    journal: SqliteJournal, tmp_path: Path, removed: str
+) -> None:
+    """A charge opened in it would be lost with the process; one that is in it already is not lost yet."""
+    record = charge(journal)
+    await journal.open(record)
+    (tmp_path / removed).unlink()
+    with pytest.raises(JournalError, match="removed while it was in use"):
+        await journal.open(charge(journal, "c2"))
+    await moved(journal, record, state=State.DEDUCTED)
+
+
+async def test_lock_can_be_released_twice(tmp_path: Path) -> None:
+    """The second time nothing happens; a released lock is nowhere in place."""
+    lock = FileLock.take(tmp_path / "a.lock")
+    assert lock is not None
+    assert FileLock.take(tmp_path / "a.lock") is None
+    lock.release()
+    lock.release()
+    assert not lock.in_place()
+
+
+# Several event loops.
+
+
+async def test_recoveries_on_two_loops_do_not_trip_over_each_other(journal: SqliteJournal, tmp_path: Path) -> None:
+    """While one gives an adopted file back, the other may be reading it: nobody fails, and it is closed once."""
+    stop = threading.Event()
+    errors: list[BaseException] = []
+
+    async def recover() -> None:
+        while not stop.is_set():
+            await journal.adopt(1.0)
+            for record in await everything(journal):
+                await journal.write(
+                    record, dataclasses.replace(record, state=State.VOIDED, closed_at=1.0), durable=False
+                )
+            await journal.unsettled(2.0)
+
+    def elsewhere() -> None:
+        try:
+            asyncio.run(recover())
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=elsewhere) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for n in range(15):
+        other = SqliteJournal(tmp_path)
+        await other.start()
+        await other.open(charge(other, f"c{n}"))
+        await other.close()
+    while await everything(journal):
+        await asyncio.sleep(0.01)
+    stop.set()
+    for thread in threads:
+        await asyncio.to_thread(thread.join)
+    assert errors == []
+
+
+async def test_released_file_is_not_opened_again(journal: SqliteJournal, tmp_path: Path) -> None:
+    """Another loop gave it back in this very moment: it may have another owner by now."""
+    other = SqliteJournal(tmp_path)
+    await other.start()
+    await other.open(charge(other))
+    await other.close()
+    await journal.adopt(1.0)
+    slot = next(iter(journal._adopted.values()))
+    await slot.release()
+    with pytest.raises(JournalError, match="is closed"):
+        slot.run(lambda connection: None, durable=False)
+    assert await everything(journal) == []
+
+
+async def test_close_while_adopting_leaves_nothing_open(
+    journal: SqliteJournal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is adopted in the instant of closing is released again."""
+    other = SqliteJournal(tmp_path)
+    await other.start()
+    await other.open(charge(other))
+    await other.close()
+    (tmp_path / "charges-2.db").touch()
+    take_over = journal._take_over
+
+    async def closed_meanwhile(*args: Any) -> int:
+        left = await take_over(*args)
+        await journal.close()
+        return left
+
+    monkeypatch.setattr(journal, "_take_over", closed_meanwhile)
+    assert await journal.adopt(1.0) == 1
+    third = SqliteJournal(tmp_path)
+    await third.start()
+    assert await third.adopt(1.0) == 1
+    await third.close()
+
+
+async def test_forked_journal_is_closed_and_can_be_started(journal: SqliteJournal) -> None:
+    """In the child nothing is held or used that is the parent's."""
+    record = charge(journal)
+    await journal.start()
+    inherited = journal._place()
+    lock_module._forked()
+    assert not inherited.lock.in_place()
+    with pytest.raises(JournalError, match="closed"):
+        journal.open(record)
+    await journal.start()
+    assert journal.owner != record.owner
+    await inherited.release()
+
+
+async def test_lock_that_the_file_system_refuses_is_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network file system without `flock`."""
+
+    def flock(*_: int) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(lock_module.fcntl, "flock", flock)
+    with pytest.raises(JournalError, match="no journal can be kept in .*No locks available"):
+        await SqliteJournal(tmp_path).start()
+
+
+async def test_full_queue_is_a_journal_error(journal: SqliteJournal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused at once, not queued."""
+    monkeypatch.setattr(sqlite_module, "MAX_WAITING", 0)
+    with pytest.raises(JournalError, match="waiting already"):
+        journal.open(charge(journal))

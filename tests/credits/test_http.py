@@ -33,8 +33,9 @@ from metered_billing.charge import (
     Unknown,
     Voided,
 )
+from metered_billing.credits.connections import MAX_REPLY_BYTES
 from metered_billing.credits.contract import Call, Contract, Reply
-from metered_billing.credits.http import MAX_PAGES, MAX_REPLY_BYTES, HttpCredits
+from metered_billing.credits.http import MAX_PAGES, HttpCredits
 from metered_billing.runtime import Runtime
 from metered_billing.telemetry import Telemetry
 
@@ -995,7 +996,13 @@ class TestTelling:
     ) -> None:
         """Neither logs nor spans nor answers nor the client's own looks show the token."""
         caplog.set_level(logging.DEBUG)
-        failures = [stray(401), stray(500), httpx.ReadTimeout("late"), RuntimeError("?"), yes()]
+        failures: list[httpx.Response | Exception] = [
+            stray(401),
+            stray(500),
+            httpx.ReadTimeout("late"),
+            RuntimeError("?"),
+            yes(),
+        ]
         deductions.mock(side_effect=failures)
         credits_ = client(telemetry=telemetry, token=TOKEN, attempts=1)
 
@@ -1006,7 +1013,7 @@ class TestTelling:
         said += [span.to_json() for span in self.spans(exporter)]
         said += [vars(entry) for entry in caplog.records]
         assert TOKEN not in repr(said)
-        assert len(caplog.records) > 1
+        assert caplog.records
 
     @pytest.mark.parametrize(
         "token", ["", " ", "a b", "s3cr3t\n", "s3cr3t\r\nX-Admin: 1", "s3cr3t\x00", "schlüssel", "\ud800"]

@@ -7,7 +7,7 @@ See docs/reference/credits-api.md and docs/reference/answers.md.
 
 import email.utils
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from urllib.parse import quote
@@ -92,7 +92,7 @@ class Reply:
 class Page:
     """One page of an account's transactions, and the cursor of the next."""
 
-    items: list[Mapping[str, Any]]
+    items: Sequence[Mapping[str, Any]]
     next_cursor: str | None
 
 
@@ -220,7 +220,7 @@ class Contract:
     def read_transactions(self, reply: Reply) -> Page | None:
         """None: no such answer."""
         answer = parse(_PageAnswer, reply.body) if reply.status == 200 else None
-        return None if answer is None else Page(list(answer.items), answer.next_cursor or None)
+        return None if answer is None else Page(answer.items, answer.next_cursor or None)
 
     def find(self, record: Record, page: Page) -> FindAnswer:
         """Look for the record's deduction on a page."""

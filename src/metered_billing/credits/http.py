@@ -6,14 +6,12 @@ value, and it never says "not sent" of something that may have been.
 """
 
 import asyncio
-import contextlib
 import json
 import math
 import re
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, TypeVar
 
 import httpx
@@ -35,15 +33,13 @@ from metered_billing.charge import (
     after_unknown,
 )
 from metered_billing.credits.breaker import Breaker, Open, RetryBudget
+from metered_billing.credits.connections import Connections, Lent, fetch
 from metered_billing.credits.contract import Call, Contract, Reply, read_json, retry_after_s
 from metered_billing.runtime import Runtime
 from metered_billing.telemetry import Telemetry
 
 T = TypeVar("T")
 U = TypeVar("U")
-
-MAX_REPLY_BYTES = 4 << 20
-"""The longest reply that is read; a longer one is a broken one."""
 
 FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 1.0
@@ -64,41 +60,6 @@ class _Silence:
     reason: str
     sent: bool
     retry_after_s: float | None = None
-
-
-class _Here:
-    """What belongs to one event loop: a client, and a line for its connections.
-
-    The line is ours because httpcore's loses connections: a request that is cancelled, or gives up, in the very
-    moment when it is handed a new one leaves it "connecting" for ever. One burst of timeouts with more requests
-    than connections used up the whole pool, for the rest of the process's life.
-    """
-
-    def __init__(self, client: httpx.AsyncClient, connections: int) -> None:
-        self.client = client
-        self.closing = self._close_at_last()
-        self._free = asyncio.Semaphore(connections)
-
-    async def _close_at_last(self) -> AsyncGenerator[None, None]:
-        # At its end a loop closes the async generators that were begun on it. So nothing stays open where
-        # nobody calls `aclose`, as under a TestClient without `with`.
-        try:
-            yield
-        finally:
-            await self.client.aclose()
-
-    @contextlib.asynccontextmanager
-    async def connection(self, timeout_s: float) -> AsyncIterator[httpx.AsyncClient]:
-        """The client, as soon as it has a connection to spare; first come, first served."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._free.acquire()
-        except TimeoutError:
-            raise httpx.PoolTimeout("all connections are busy") from None
-        try:
-            yield self.client
-        finally:
-            self._free.release()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +83,7 @@ class HttpCredits:
         breaker_failures: Failed HTTP calls in a row that open the circuit.
         breaker_reset_s: How long it stays open before one probe is let through.
         contract: What to ask and how to read the answers, for services of another shape.
-        transport: What httpx sends through, instead of the network; on every event loop the same.
+        transport: What is sent through instead of the network, on every event loop; it stays yours to close.
         max_connections: Open at the same time, per event loop.
 
     Raises:
@@ -154,6 +115,8 @@ class HttpCredits:
         self._attempt_timeout_s = attempt_timeout_s
         self._contract = contract or Contract()
         self._transport = transport
+        # Made once: with certificates it takes 40 ms.
+        self._tls = httpx.create_ssl_context(verify=self._url.scheme == "https", trust_env=False)
         self._max_connections = max_connections
         self._runtime = runtime or Runtime()
         self._telemetry = telemetry or Telemetry()
@@ -161,7 +124,7 @@ class HttpCredits:
             breaker_failures, breaker_reset_s, self._runtime.monotonic, self._telemetry.breaker_changed
         )
         self._budget = RetryBudget()
-        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Here] = weakref.WeakKeyDictionary()
+        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Connections] = weakref.WeakKeyDictionary()
         # Copied for every call: a shared one keeps its state on itself, and concurrent users of it
         # run successful calls twice.
         self._retrying = tenacity.AsyncRetrying(
@@ -196,10 +159,10 @@ class HttpCredits:
         return await self._answered(record, self._find(record), Unanswered)
 
     async def aclose(self) -> None:
-        """Close this event loop's connections."""
-        here = self._loops.pop(asyncio.get_running_loop(), None)
-        if here is not None:
-            await here.closing.aclose()
+        """Close this event loop's connections; those that are in use as soon as they have their answer."""
+        connections = self._loops.pop(asyncio.get_running_loop(), None)
+        if connections is not None:
+            await connections.aclose()
 
     async def _answered(self, record: Record, work: Coroutine[Any, Any, T], otherwise: Callable[[str], U]) -> T | U:
         """What `work` answers. A bug in it, which is to say in a contract of the user's own, is loud, and no answer."""
@@ -301,31 +264,32 @@ class HttpCredits:
         url = self._url.copy_with(raw_path=self._url.raw_path.rstrip(b"/") + call.path.encode("ascii"))
         # In ASCII: what is no Unicode (a lone surrogate in an exception's text, say) can be sent all the same.
         content = None if call.body is None else json.dumps(call.body, separators=(",", ":")).encode()
-        headers = {"Accept": "application/json, application/problem+json"}
+        headers = {"Accept": "application/json, application/problem+json", "User-Agent": "metered-billing"}
         if content is not None:
             headers["Content-Type"] = "application/json"
         if call.key is not None:
             headers["Idempotency-Key"] = call.key
         port = url.port or (443 if url.scheme == "https" else 80)
-        here = await self._here()
+        connections = await self._connections()
         with self._telemetry.attempt(call.method, url.host, port, resend, operation) as span:
             names.propagate(headers)
             if self._token is not None:
                 headers["Authorization"] = f"Bearer {self._token.get_secret_value()}"
             try:
                 # httpx's own timeouts are for each read and write: a trickling reply outlasts them all.
-                async with asyncio.timeout(timeout_s) as whole, here.connection(timeout_s / 2) as client:
+                async with asyncio.timeout(timeout_s) as whole, connections.one(timeout_s / 2) as transport:
                     left_s = (whole.when() or 0.0) - asyncio.get_running_loop().time()
-                    request = client.build_request(
+                    # Connecting gives up before the whole attempt does: only then is it known not to be sent.
+                    timeout = httpx.Timeout(None, connect=left_s * 0.9)
+                    request = httpx.Request(
                         call.method,
                         url,
                         content=content,
                         params=call.params,
                         headers=headers,
-                        # Connecting gives up before the whole attempt does: only then is it known not to be sent.
-                        timeout=httpx.Timeout(None, connect=left_s * 0.9),
+                        extensions={"timeout": timeout.as_dict()},
                     )
-                    status, reply_headers, received = await _fetch(client, request)
+                    status, reply_headers, received = await fetch(transport, request)
             except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
                 span.failed(type(error).__name__)
                 return _Silence(type(error).__name__, sent=False)
@@ -342,25 +306,21 @@ class HttpCredits:
                 self._telemetry.log(names.LOG_REJECTED, status=status, server=url.host)
             return reply
 
-    async def _here(self) -> _Here:
+    async def _connections(self) -> Connections:
         loop = asyncio.get_running_loop()
-        here = self._loops.get(loop)
-        if here is None or here.client.is_closed:
+        connections = self._loops.get(loop)
+        if connections is None or connections.closed:
             for gone in [other for other in self._loops if other.is_closed()]:
                 del self._loops[gone]
-            client = httpx.AsyncClient(
-                transport=self._transport,
-                # http:// needs no certificates, and loading them takes 40 ms.
-                verify=self._url.scheme == "https",
-                trust_env=False,
-                follow_redirects=False,
-                # A cookie of one customer's answer must not go out with another's request.
-                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=self._max_connections),
-            )
-            here = self._loops[loop] = _Here(client, self._max_connections)
-            await anext(here.closing)
-        return here
+            connections = self._loops[loop] = Connections(self._new_transport, self._max_connections)
+            await connections.open()
+        return connections
+
+    def _new_transport(self) -> httpx.AsyncBaseTransport:
+        if self._transport is not None:
+            return Lent(self._transport)
+        # Without the environment's proxies: nobody's credits go through whatever is set for other purposes.
+        return httpx.AsyncHTTPTransport(verify=self._tls, trust_env=False, limits=httpx.Limits(max_connections=1))
 
     # What it means, and whether to try again.
 
@@ -392,23 +352,6 @@ class HttpCredits:
         if isinstance(answer, Unanswered):
             return Unanswered(answer.reason, retry_after_s(reply.headers, self._runtime.now()))
         return answer
-
-
-class _TooLong(Exception):
-    pass
-
-
-async def _fetch(client: httpx.AsyncClient, request: httpx.Request) -> tuple[int, Mapping[str, str], bytes]:
-    response = await client.send(request, stream=True)
-    try:
-        content = bytearray()
-        async for chunk in response.aiter_bytes():
-            content += chunk
-            if len(content) > MAX_REPLY_BYTES:
-                raise _TooLong
-        return response.status_code, response.headers, bytes(content)
-    finally:
-        await response.aclose()
 
 
 def _unanswered(silence: _Silence) -> Unanswered:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -208,7 +209,8 @@ def test_lost_and_found_refund_everything() -> None:
 
 def test_unread_keeps_all() -> None:
     """An outcome that the app's own reader could not read is kept until a person has looked."""
-    disputed = step(a_record(State.DEDUCTED), Unread("KeyError"), now=NOW)
+    deducted = dataclasses.replace(a_record(State.DEDUCTED), transaction_id="tx")
+    disputed = step(deducted, Unread("KeyError"), now=NOW)
     assert (disputed.refund_credits, disputed.kept_credits) == (0, 10)
 
 
@@ -217,7 +219,27 @@ def test_already_voided_says_why_only_where_it_is_a_dispute() -> None:
     refunding = dataclasses.replace(a_record(State.REFUNDING, refund_credits=10), reason="died")
     assert step(refunding, AlreadyVoided(), now=NOW).reason == "died"
     partial = step(a_record(State.REFUNDING, refund_credits=2), AlreadyVoided(), now=NOW)
-    assert "the whole deduction had been voided" in str(partial.reason)
+    assert partial.reason == "2 credits were to be refunded, but all had been voided already"
+    assert (partial.refund_credits, partial.kept_credits) == (10, 0)
+
+
+def test_disputed_void_keeps_nothing() -> None:
+    """Whether anything was taken is what the dispute is about."""
+    assert step(a_record(State.VOIDING), Refused("HTTP 422"), now=NOW).kept_credits == 0
+
+
+@pytest.mark.parametrize("amount", [True, 1.0, "1"])
+def test_record_takes_whole_numbers_alone(amount: Any) -> None:
+    """Neither a bool nor a float is an amount."""
+    with pytest.raises(ValueError, match="an amount of"):
+        dataclasses.replace(OPENED, amount_credits=amount)
+    with pytest.raises(ValueError, match="of 10 refunded"):
+        dataclasses.replace(OPENED, refund_credits=amount)
+
+
+def test_record_can_be_hashed() -> None:
+    """It is frozen, after all."""
+    assert {OPENED, dataclasses.replace(OPENED)} == {OPENED}
 
 
 # After an attempt that went unanswered.
@@ -337,7 +359,7 @@ def test_account_takes_any_printable_id(value: str) -> None:
     assert Account(value).user_id is None
 
 
-@pytest.mark.parametrize("value", ["", "x" * (MAX_ID_LENGTH + 1), "a\nb", "a\x00", "a\x7f", 7, b"t"])
+@pytest.mark.parametrize("value", ["", "x" * (MAX_ID_LENGTH + 1), "a\nb", "a\x00", "a\x7f", "a\ud800", 7, b"t"])
 def test_account_refuses_what_is_no_id(value: str) -> None:
     """Empty, too long, with control characters or not a string: named in the error, never echoed."""
     with pytest.raises(ValueError, match="tenant_id must be 1 to 255 characters"):

@@ -23,7 +23,8 @@ MAX_ID_LENGTH = 255
 MAX_ITEMS = 1_000
 """How many failed items a refund names; what goes back is the amount, whatever their number."""
 
-_PRINTABLE = re.compile(r"[^\x00-\x1f\x7f]{1,255}")
+# Lone surrogates, which JSON can smuggle in as "\ud800", cannot be written to any database.
+_PRINTABLE = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,255}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ class Record:
     state: State = State.OPENED
     opened_at: float
     request_id: str | None = None
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict, hash=False)
     transaction_id: str | None = None
     refund_credits: int = 0
     refund_items: tuple[str, ...] = ()
@@ -142,9 +143,10 @@ class Record:
     closed_at: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.amount_credits <= MAX_AMOUNT:
+        # `type` and not `isinstance`: True is an int, and no amount.
+        if type(self.amount_credits) is not int or not 0 < self.amount_credits <= MAX_AMOUNT:
             raise ValueError(f"charge {self.id}: an amount of {self.amount_credits} credits")
-        if not 0 <= self.refund_credits <= self.amount_credits:
+        if type(self.refund_credits) is not int or not 0 <= self.refund_credits <= self.amount_credits:
             raise ValueError(f"charge {self.id}: {self.refund_credits} of {self.amount_credits} refunded")
 
     @property
@@ -158,8 +160,10 @@ class Record:
 
     @property
     def kept_credits(self) -> int:
-        """What the customer has paid for good, as far as is known."""
-        if self.state in (State.SETTLED, State.DISPUTED, State.REFUNDING):
+        """What the customer has paid for good; not what is refunded, pending, or disputed."""
+        if self.state in (State.SETTLED, State.REFUNDING):
+            return self.amount_credits - self.refund_credits
+        if self.state is State.DISPUTED and self.transaction_id is not None:
             return self.amount_credits - self.refund_credits
         return 0
 
@@ -328,7 +332,10 @@ class AlreadyVoided(Event):
     def changes(self, record: Record) -> dict[str, Any]:
         if record.refund_credits == record.amount_credits:
             return {}
-        return {"reason": "a partial refund was due, but the whole deduction had been voided"}
+        return {
+            "refund_credits": record.amount_credits,
+            "reason": f"{record.refund_credits} credits were to be refunded, but all had been voided already",
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -404,9 +411,7 @@ def step(record: Record, event: Event, *, now: float) -> Record:
     try:
         state = TRANSITIONS[record.state][event.occasion_for(record)]
     except KeyError:
-        raise ImpossibleEvent(
-            f"charge {record.id} is {record.state}; {event!r} cannot happen to it"
-        ) from None
+        raise ImpossibleEvent(f"charge {record.id} is {record.state}; {event!r} cannot happen to it") from None
     closed_at = now if state in FINAL else None
     return replace(record, state=state, tries=0, due_at=now, closed_at=closed_at, **event.changes(record))
 

@@ -138,9 +138,7 @@ class BillingMisconfigured(BillingError):
 
     def __init__(self, why: str) -> None:
         self.why = why
-        super().__init__(
-            "This request could not be priced or charged. It was not run; nothing stays charged."
-        )
+        super().__init__("This request could not be priced or charged. It was not run; nothing stays charged.")
 
     def __str__(self) -> str:
         return self.why

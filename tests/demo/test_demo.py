@@ -182,7 +182,7 @@ def test_demo_app_killed_at_work_gives_all_back(start: Start) -> None:
 
 def test_demo_credits_service_killed_comes_back_with_its_books(demo: Demo) -> None:
     """kill -9 of the credits service: started again, it goes on where it was."""
-    demo.settle()
+    demo.calm(ten_tiny_pictures())
     before = demo.balance()
     assert demo.post("/create-products", ten_tiny_pictures()).status_code == 200
     demo.starts_again("credits")
@@ -193,7 +193,7 @@ def test_demo_credits_service_killed_comes_back_with_its_books(demo: Demo) -> No
 
 def test_demo_credits_service_gone_is_503_and_then_at_once(demo: Demo) -> None:
     """Without the service: 503 with Retry-After within 6 s; once the circuit is open, within 50 ms."""
-    demo.settle()
+    demo.calm(ten_tiny_pictures())
     before = demo.balance()
     demo.process.send_signal(signal.SIGSTOP)  # so that nobody starts it again for now
     os.kill(demo.pid("credits"), signal.SIGKILL)
@@ -221,7 +221,7 @@ def test_demo_credits_service_gone_is_503_and_then_at_once(demo: Demo) -> None:
 
 def test_demo_credits_service_hung_takes_nothing(demo: Demo) -> None:
     """A service that takes the call and never answers: 503 within 6 s, and whatever it did is undone later."""
-    demo.settle()
+    demo.calm(ten_tiny_pictures())
     before = demo.balance()
     service = demo.pid("credits")
     os.kill(service, signal.SIGSTOP)
@@ -292,7 +292,7 @@ def test_demo_second_one_in_the_same_directory_is_refused(demo: Demo) -> None:
 
 def test_demo_500_requests_at_64_leave_books_that_add_up(demo: Demo) -> None:
     """deducted = kept + refunded, to the credit, and as the responses said."""
-    demo.settle()
+    demo.calm(ten_tiny_pictures())
     balance, before = demo.balance(), Counter(demo.movements())
     kept = asyncio.run(_load(demo, requests=500, at_once=64))
     assert kept == 500 * 8

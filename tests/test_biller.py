@@ -1,14 +1,19 @@
 """The biller: whatever goes wrong, at whichever await, the credits add up afterwards."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from metered_billing.errors import BillingError
-from tests.fakes import LOST, NOT_SENT, UNHEARD, Accident, Bank, World, striking
+from metered_billing.biller import Charge
+from metered_billing.charge import Declined, Event, Record, Reported, Unknown
+from metered_billing.errors import BillingError, BillingMisconfigured, CreditsUnavailable, InsufficientCredits
+from metered_billing.outcomes import Paid
+from metered_billing.settler import settled
+from metered_billing.telemetry import SPAN_CHARGE, SPAN_DEDUCT, SPAN_REFUND
+from tests.fakes import ANN, GRANTED, LOST, NOT_SENT, UNHEARD, UNREAD, Accident, Bank, Fault, World, striking
 
 
 @pytest.fixture
@@ -99,9 +104,391 @@ def test_accident_at_any_await_costs_nobody_anything(world: World, path: str, ac
         assert set(world.live) == set()
         names = {task.get_name() for task in asyncio.all_tasks()} - {asyncio.current_task().get_name()}  # type: ignore[union-attr]
         assert names == {"metered-billing recovery"}
-        # Copies that were under way all the time change nothing any more.
         await world.biller.drain(1.0)
         assert len(asyncio.all_tasks()) == 1
 
     world.run(recovering)
     world.holds(granted)
+
+
+def test_copy_of_a_deduction_that_arrives_late_takes_nothing(world: World) -> None:
+    """The first attempt was lost and voided: when it turns up after all, it is refused."""
+    world.bank.faults["deduct"] = [LOST]
+
+    async def main() -> None:
+        with pytest.raises(CreditsUnavailable):
+            await world.serve()
+        await world.quiet()
+        (charge_id,) = {key for _, key in world.bank.calls}
+        late = Record(id=charge_id, account=ANN, amount_credits=10, units=10, opened_at=1.0)
+        assert world.bank.take(late) == Unknown("charge-voided")
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    world.holds()
+
+
+# What the client is told.
+
+
+def refused(world: World, fault: Fault, error: type[BillingError]) -> BillingError:
+    """What a request is answered when its deduction comes to this; its route must not run."""
+
+    async def route(charge: Charge) -> None:
+        raise AssertionError("it ran")
+
+    async def main() -> BillingError:
+        world.bank.faults["deduct"] = [fault]
+        with pytest.raises(error) as caught:
+            await world.serve(route=route)
+        await world.quiet()
+        await world.biller.drain(1.0)
+        return caught.value
+
+    answer = world.run(main)
+    world.holds()
+    return answer
+
+
+def test_declined_is_402_with_the_shortfall(world: World) -> None:
+    """Certain: nothing is sent after it."""
+    error = refused(world, Fault(Declined(7)), InsufficientCredits)
+    assert isinstance(error, InsufficientCredits)
+    assert (error.required, error.balance, error.shortfall) == (10, 7, 3)
+    assert [name for name, _ in world.bank.calls] == ["deduct"]
+
+
+def test_declined_where_declines_are_forgotten_is_402_and_voided(world: World) -> None:
+    """The client may know; a copy may yet arrive, so it is voided all the same."""
+    refused(world, Fault(Declined(7, certain=False)), InsufficientCredits)
+    assert [name for name, _ in world.bank.calls] == ["deduct", "void"]
+
+
+def test_declined_after_an_unknown_attempt_is_503_and_voided(world: World) -> None:
+    """The first copy may have taken the credits, so that the second was declined for want of them."""
+    refused(world, Fault(Declined(0, after_unknown=True), done=True), CreditsUnavailable)
+    assert [name for name, _ in world.bank.calls] == ["deduct", "void"]
+    assert world.bank.balance == GRANTED
+
+
+def test_service_that_does_not_understand_is_500(world: World) -> None:
+    """Our side's bug: not 503, which would be tried again; voided."""
+    error = refused(world, Fault(Unknown("422 nonsense", misconfigured=True)), BillingMisconfigured)
+    assert "422 nonsense" in str(error)
+    assert [name for name, _ in world.bank.calls] == ["deduct", "void"]
+
+
+def test_connection_that_never_was_is_503_and_nothing_is_voided(world: World) -> None:
+    """Nothing was sent, so nothing needs undoing."""
+    refused(world, NOT_SENT, CreditsUnavailable)
+    assert [name for name, _ in world.bank.calls] == ["deduct"]
+    assert world.on_record("id-000003") is None
+
+
+@pytest.mark.parametrize(
+    ("wait_s", "header"),
+    [(None, "1"), (0.2, "1"), (7.1, "8"), (float("inf"), "3600"), (1e300, "3600")],
+)
+def test_retry_after_is_what_the_service_asked_for_in_bounds(world: World, wait_s: float | None, header: str) -> None:
+    """Whole seconds, rounded up, an hour at most."""
+    error = refused(world, Fault(Unknown("down", retry_after_s=wait_s)), CreditsUnavailable)
+    assert error.headers == {"Retry-After": header}
+
+
+def test_void_goes_out_while_the_503_is_already_raised(world: World) -> None:
+    """A client does not wait for what is undone behind it."""
+    world.bank.faults["deduct"] = [UNHEARD]
+
+    async def main() -> None:
+        with pytest.raises(CreditsUnavailable):
+            await world.serve()
+        assert world.bank.balance == GRANTED - 10
+        assert [name for name, _ in world.bank.calls] == ["deduct"]
+        await settled()
+        assert [name for name, _ in world.bank.calls] == ["deduct", "void"]
+        assert world.bank.balance == GRANTED
+        await world.biller.drain(1.0)
+
+    world.run(main)
+
+
+@pytest.mark.parametrize("where", ["open…", "opened-deducted…"])
+def test_journal_that_hangs_before_the_route_is_503_in_time(world: World, where: str) -> None:
+    """A disk that does not answer must not hang every request."""
+
+    async def main() -> None:
+        await world.biller.start()
+        began = world.time
+        with pytest.raises(CreditsUnavailable):
+            await world.serve()
+        assert world.time - began < 6
+        await world.biller.drain(1.0)
+
+    with striking(world, Accident("hang", where)):
+        world.run(main)
+
+
+# The outcome.
+
+
+def outcome(world: World, *steps: Callable[[Charge], Awaitable[None]]) -> Charge:
+    """A charge, through these steps, then quiet."""
+
+    async def main() -> Charge:
+        await world.biller.start()
+        charge = await world.biller.deduct(ANN, Paid(10))
+        for each in steps:
+            await each(charge)
+        await world.quiet()
+        assert not world.live
+        await world.biller.drain(1.0)
+        return charge
+
+    charge = world.run(main)
+    world.holds()
+    return charge
+
+
+def conclude(world: World, event: Event) -> Callable[[Charge], Awaitable[None]]:
+    return lambda charge: world.biller.conclude(charge, event)
+
+
+def release(world: World, event: Event) -> Callable[[Charge], Awaitable[None]]:
+    async def step(charge: Charge) -> None:
+        world.biller.release(charge, event)
+
+    return step
+
+
+def test_first_conclusion_counts(world: World) -> None:
+    """Concluded twice and released twice: the first outcome is refunded, once."""
+    outcome(
+        world,
+        conclude(world, Reported(8, ("a", "b"))),
+        conclude(world, Reported(0)),
+        release(world, Reported(5)),
+        release(world, Reported(1)),
+        conclude(world, Reported(2)),
+    )
+    assert world.bank.balance == GRANTED - 8
+    assert [name for name, _ in world.bank.calls] == ["deduct", "refund"]
+
+
+def test_release_without_a_conclusion_puts_its_own_on_record(world: World) -> None:
+    """A response that never was complete."""
+    outcome(world, release(world, Reported(3)))
+    assert world.bank.balance == GRANTED - 3
+
+
+def test_all_succeeded_sends_nothing_more(world: World) -> None:
+    """Settled with the one write."""
+    outcome(world, conclude(world, Reported(10)), release(world, Reported(10)))
+    assert [name for name, _ in world.bank.calls] == ["deduct"]
+    assert world.bank.balance == GRANTED - 10
+
+
+def test_reader_that_raised_keeps_all_for_a_person(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """Disputed: nothing is sent, somebody is told."""
+    charge = outcome(world, conclude(world, UNREAD), release(world, UNREAD))
+    assert world.bank.balance == GRANTED - 10
+    assert [name for name, _ in world.bank.calls] == ["deduct"]
+    assert "charge.disputed" in caplog.text
+    assert world.outcomes[charge.id].reason == "the reader raised"
+
+
+@pytest.mark.parametrize("event", [Reported(11), Reported(-1)])
+def test_outcome_that_cannot_be_refunds_all(world: World, event: Event, caplog: pytest.LogCaptureFixture) -> None:
+    """More kept than paid, or less than nothing: a bug of ours is loud, and not the customer's."""
+    outcome(world, conclude(world, event), release(world, event))
+    assert world.bank.balance == GRANTED
+    assert "journal.failed" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["fail", "lose", "hang"])
+def test_outcome_that_cannot_be_written_does_not_touch_the_response(
+    world: World, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The response goes out within seconds, the log is loud, and later all is refunded."""
+
+    async def main() -> None:
+        await world.biller.start()
+        charge = await world.biller.deduct(ANN, Paid(10))
+        began = world.time
+        await world.biller.conclude(charge, Reported(8))
+        assert world.time - began < 6
+        world.biller.release(charge, Reported(8))
+        await asyncio.sleep(0.1)
+        await world.biller.drain(1.0)
+
+    async def later() -> None:
+        await world.biller.start()
+        await world.quiet()
+        await world.biller.drain(1.0)
+
+    with striking(world, Accident(kind, "deducted-refunding…")):
+        world.run(main)
+    assert "charge.ownership_lost" if kind == "lose" else "journal.failed" in caplog.text
+    world.run(later)
+    assert world.bank.balance == GRANTED
+    world.holds()
+
+
+def test_outcome_after_the_drain_refunds_all_later(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """The journal is closed: the response goes out all the same."""
+
+    async def main() -> None:
+        await world.biller.start()
+        charge = await world.biller.deduct(ANN, Paid(10))
+        began = world.time
+        await world.biller.drain(3.0)
+        assert 2.9 < world.time - began < 4.0
+        await world.biller.conclude(charge, Reported(8))
+        world.biller.release(charge, Reported(8))
+        assert not world.live
+        await world.biller.start()
+        await world.quiet()
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    assert "journal.failed" in caplog.text
+    assert world.bank.balance == GRANTED
+
+
+def test_free_request_touches_nothing(world: World) -> None:
+    """Neither journal nor credits; all calls for a charge do nothing."""
+
+    async def main() -> None:
+        charge = world.biller.free(Paid(0), None)
+        await world.biller.conclude(charge, Reported(0))
+        world.biller.release(charge, Reported(0))
+        world.biller.release(charge, Reported(0))
+        assert (charge.amount_credits, charge.transaction_id, charge.record) == (0, None, None)
+        with pytest.raises(LookupError):
+            _ = charge.account
+        charge.note("attribute", "text")
+        assert world.biller.free(Paid(0), ANN).account == ANN
+
+    world.run(main)
+    assert world.bank.calls == []
+    assert not (world.directory / "journal").exists()
+
+
+def test_charge_says_what_failed_until_its_outcome_is_on_record(world: World) -> None:
+    """Afterwards it raises: it would be too late."""
+
+    async def say(charge: Charge) -> None:
+        charge.fail(units=2)
+        assert charge.said.units == 2
+        assert charge.account == ANN
+        assert charge.transaction_id == f"tx-{charge.id}"
+        await world.biller.conclude(charge, Reported(8))
+        with pytest.raises(RuntimeError, match="complete"):
+            charge.fail(units=1)
+        world.biller.release(charge, Reported(8))
+        with pytest.raises(RuntimeError, match="complete"):
+            charge.fail(units=1)
+
+    outcome(world, say)
+
+
+@pytest.mark.parametrize("broken", ["nothing", "an error of its own"])
+def test_bug_before_the_route_is_recovered(world: World, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that returns nonsense, a journal with an error of its own: raised, and undone later."""
+
+    def write(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError
+
+    async def main() -> None:
+        await world.biller.start()
+        with monkeypatch.context() as patch:
+            if broken == "nothing":
+                world.bank.faults["deduct"] = [Fault(None, done=True)]
+            else:
+                patch.setattr(world.journal, "write", write, raising=False)
+            with pytest.raises((AttributeError, ZeroDivisionError)):
+                await world.serve()
+            assert not world.live
+        await world.quiet()
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    assert world.bank.balance == GRANTED
+
+
+# The whole of it, in spans, metrics and logs.
+
+
+def test_operations_are_told(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """One refunded request: its spans, what they hang on, and the credits counted."""
+    caplog.set_level("INFO", logger="metered_billing")
+    charge = outcome(world, conclude(world, Reported(8, ("a",))), release(world, Reported(8)))
+    (whole,), (deduct,), (refund,) = (world.spans(name) for name in (SPAN_CHARGE, SPAN_DEDUCT, SPAN_REFUND))
+    assert whole.context is not None
+    assert deduct.context is not None
+    assert deduct.parent is not None
+    assert deduct.parent.span_id == whole.context.span_id
+    assert refund.parent is not None
+    assert refund.parent.span_id == whole.context.span_id
+    assert [link.context.span_id for link in refund.links] == [deduct.context.span_id]
+    assert dict(whole.attributes or {}).items() >= {
+        ("metered_billing.charge.id", charge.id),
+        ("metered_billing.kept", 8),
+        ("metered_billing.refunded", 2),
+        ("metered_billing.outcome", "refunding"),
+        ("metered_billing.transaction.id", charge.transaction_id),
+    }
+    moved = world.metric("metered_billing.credits")
+    assert {attributes[0][1]: value for attributes, value in moved.items()} == {
+        "deducted": 10,
+        "kept": 8,
+        "refunded": 2,
+    }
+    events = [record.getMessage().split()[0] for record in caplog.records if record.name == "metered_billing"]
+    assert events == ["credits.cost_computed", "credits.deducted", "credits.refunded", "charge.settled"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "events", "outcome"),
+    [
+        (LOST, ["credits.unavailable", "credits.voided"], "CreditsUnavailable"),
+        (NOT_SENT, ["credits.unavailable", "charge.abandoned"], "CreditsUnavailable"),
+        (Fault(Declined(3)), ["credits.declined"], "InsufficientCredits"),
+    ],
+)
+def test_refusals_are_told(
+    world: World, fault: Fault, events: list[str], outcome: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each way not to run has its events, and a span with its error's type."""
+    caplog.set_level("INFO", logger="metered_billing")
+    refused(world, fault, BillingError)
+    found = [record.getMessage().split()[0] for record in caplog.records if record.name == "metered_billing"]
+    assert found == ["credits.cost_computed", *events]
+    (whole,) = world.spans(SPAN_CHARGE)
+    assert dict(whole.attributes or {})["error.type"] == outcome
+
+
+def test_untraced_charge_is_settled_too(world: World) -> None:
+    """A charge without a span, and one whose request ends where no event loop runs any more."""
+
+    async def main() -> Charge:
+        await world.biller.start()
+        charge = await world.biller.deduct(ANN, Paid(10))
+        charge._span = None
+        charge.note("attribute", "text")
+        await world.biller.conclude(charge, Reported(8))
+        world.biller.release(charge, Reported(8))
+        await settled()
+        return await world.biller.deduct(ANN, Paid(10))
+
+    charge = world.run(main)
+    world.biller.release(charge, Reported(8))
+    assert not world.live
+
+    async def later() -> None:
+        await world.biller.start()
+        await world.quiet()
+        await world.biller.drain(1.0)
+
+    world.run(later)
+    world.holds()
+    assert world.bank.balance == GRANTED - 8

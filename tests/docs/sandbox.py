@@ -1,0 +1,174 @@
+"""A directory in which the commands of a page are run, as its reader would run them.
+
+Servers run in threads, the command line in this process: what is shown is real, and quick to check.
+"""
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from metered_billing import cli, settled
+from metered_billing.credits.sql import sqlite_path
+from metered_billing.ledger import Ledger
+from metered_billing.service import Tokens, create_app
+from tests.serving import free_port
+
+from .pages import EXAMPLES
+
+
+class Sandbox:
+    """Runs commands, one after the other."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+        self._monkeypatch = monkeypatch
+        self._directory = directory
+        # What the pages call 8000 and 8080.
+        self._ports = {8000: free_port(), 8080: free_port()}
+        self._servers: dict[str, contextlib.ExitStack] = {}
+        for example in EXAMPLES.glob("*.py"):
+            shutil.copy(example, directory)
+        monkeypatch.chdir(directory)
+        monkeypatch.syspath_prepend(str(directory))
+        for name in [name for name in os.environ if name.startswith(("METERED_BILLING", "OTEL_"))]:
+            monkeypatch.delenv(name)
+
+    def run(self, command: str) -> str:
+        """What a command prints."""
+        words = shlex.split(self._to_real(command), comments=True)
+        runs: dict[str, Callable[[list[str]], str]] = {
+            "export": self._export,
+            "uvicorn": self._uvicorn,
+            "metered-billing": self._metered_billing,
+            "curl": self._curl,
+            "python": self._python,
+            "pytest": lambda arguments: self._python(["-m", "pytest", "-p", "no:cacheprovider", *arguments]),
+        }
+        return self._to_shown(runs[words[0]](words[1:]))
+
+    def stop(self, server: str) -> None:
+        """As Ctrl-C does."""
+        self._servers.pop(server).close()
+
+    def close(self) -> None:
+        for server in reversed(list(self._servers)):
+            self.stop(server)
+
+    # Commands.
+
+    def _export(self, words: list[str]) -> str:
+        for word in words:
+            name, _, value = word.partition("=")
+            self._monkeypatch.setenv(name, value)
+        return ""
+
+    def _uvicorn(self, words: list[str]) -> str:
+        module_name, _, attribute = words[-1].partition(":")
+        spec = importlib.util.spec_from_file_location(
+            f"{module_name}_{time.monotonic_ns()}", self._directory / f"{module_name}.py"
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        # FastAPI looks annotations up there.
+        self._monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        app = getattr(module, attribute)
+        self._serve("uvicorn", app() if "--factory" in words else app, self._ports[8000])
+        return ""
+
+    def _metered_billing(self, words: list[str]) -> str:
+        if words[0] == "serve":
+            options = dict(zip(words[1::2], words[2::2], strict=True))
+            tokens = Tokens.load(Path(file) if (file := options.get("--tokens-file")) else None, os.environ)
+            ledger = Ledger(sqlite_path(options.get("--database", "sqlite:///credits.db")))
+            self._serve("serve", create_app(ledger, tokens), self._ports[8080])
+            return ""
+        self._monkeypatch.setattr(sys, "argv", ["metered-billing", *words])
+        self._capsys.readouterr()
+        with contextlib.suppress(SystemExit):
+            cli.main()
+        captured = self._capsys.readouterr()
+        return captured.out + captured.err
+
+    def _curl(self, words: list[str]) -> str:
+        method, url, body, headers, show = None, "", None, {}, False
+        rest = iter(words)
+        for word in rest:
+            if word == "-X":
+                method = next(rest)
+            elif word == "-H":
+                name, _, value = next(rest).partition(":")
+                headers[name] = value.strip()
+            elif word == "-d":
+                body = next(rest)
+            elif word.startswith("-"):
+                show = show or "i" in word
+            else:
+                url = word
+        with httpx.Client(trust_env=False, timeout=20) as client:
+            answer = client.request(
+                method or ("GET" if body is None else "POST"), f"http://{url}", content=body, headers=headers
+            )
+        asyncio.run(settled())  # people are slower than a refund
+        if not show:
+            return answer.text
+        head = [f"{answer.http_version} {answer.status_code} {answer.reason_phrase}"]
+        head += [f"{name}: {value}" for name, value in answer.headers.multi_items()]
+        return "\n".join([*head, "", answer.text])
+
+    def _python(self, words: list[str]) -> str:
+        done = subprocess.run(
+            [sys.executable, *words], cwd=self._directory, capture_output=True, text=True, check=False, timeout=60
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    # Around them.
+
+    def _serve(self, name: str, app: Any, port: int) -> None:
+        stack = contextlib.ExitStack()
+        stack.enter_context(serving_thread(app, port))
+        self._servers[name] = stack
+
+    def _to_real(self, text: str) -> str:
+        for shown, real in self._ports.items():
+            text = text.replace(f":{shown}", f":{real}")
+        return text
+
+    def _to_shown(self, text: str) -> str:
+        for shown, real in self._ports.items():
+            text = text.replace(f":{real}", f":{shown}")
+        return text
+
+
+@contextlib.contextmanager
+def serving_thread(app: Any, port: int) -> Iterator[None]:
+    """The app under a real uvicorn, in a thread."""
+    server = uvicorn.Server(uvicorn.Config(app, port=port, ws="none", log_config=None, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        deadline = time.monotonic() + 10
+        while not server.started:
+            assert thread.is_alive(), "the app did not start"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(15)

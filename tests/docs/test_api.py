@@ -1,0 +1,76 @@
+"""The credits API's page: its examples are made to the real service, in order."""
+
+import json
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import httpx
+
+from metered_billing.ledger import Ledger
+from metered_billing.ledger.answers import REFUSALS
+from metered_billing.runtime import Runtime
+from metered_billing.service import Tokens, create_app
+from metered_billing.service.problems import _ALL
+
+from .pages import DOCS, UPDATE, Block, Page, code, table
+
+PAGE = DOCS / "reference" / "credits-api.md"
+
+SHOWN = ("content-type", "idempotent-replayed", "www-authenticate", "retry-after")
+"""The headers that the page shows: those that the contract is about."""
+
+
+def clock() -> Iterator[float]:
+    """A second passes between two commands."""
+    return map(float, count(1_772_357_400))
+
+
+def ids() -> Iterator[str]:
+    return (f"01980a5e-7c1e-7000-8000-{number:012d}" for number in count(1))
+
+
+async def test_examples_are_what_the_service_answers(tmp_path: Path) -> None:
+    """Each request, and the answer below it, byte for byte but for white space."""
+    times, names = clock(), ids()
+    ledger = Ledger(tmp_path / "credits.db", Runtime(now=lambda: next(times), new_id=lambda: next(names)))
+    tokens = Tokens({"admin-token": "admin", "app-token": "*", "other-tenants-token": "tenant:other"})
+    transport = httpx.ASGITransport(create_app(ledger, tokens))
+    page = Page(PAGE)
+    examples = [block for block in page.blocks if block.language == "http"]
+    assert len(examples) % 2 == 0
+    async with httpx.AsyncClient(transport=transport, base_url="http://credits") as client:
+        for request, answer in zip(examples[::2], examples[1::2], strict=True):
+            real = shown(await client.send(built(client, request)))
+            if UPDATE and answer.text != real:
+                page.replace(answer, real)
+            assert answer.text == real, request.text
+    await ledger.close()
+
+
+def built(client: httpx.AsyncClient, block: Block) -> httpx.Request:
+    head, _, body = block.text.partition("\n\n")
+    line, *headers = head.strip().splitlines()
+    method, path = line.split(" ")
+    fields = dict(header.split(": ", 1) for header in headers)
+    if body:
+        fields["Content-Type"] = "application/json"
+    return client.build_request(method, path, headers=fields, content=body.encode() or None)
+
+
+def shown(answer: httpx.Response) -> str:
+    """An answer as the page has it."""
+    head = [f"HTTP/1.1 {answer.status_code} {answer.reason_phrase}"]
+    head += [f"{name}: {answer.headers[name]}" for name in SHOWN if name in answer.headers]
+    text = json.dumps(answer.json(), ensure_ascii=False)
+    if len(text) > 110:
+        text = json.dumps(answer.json(), ensure_ascii=False, indent=2)
+    return "\n".join([*head, "", text, ""])
+
+
+def test_every_error_is_on_the_page() -> None:
+    """With its status; and none that there is not."""
+    rows = table(Page(PAGE), "Errors")
+    listed = {(code(row[2])[0], int(row[1])) for row in rows}
+    made = {(name, status) for name, (status, _) in {**_ALL, **REFUSALS}.items()}
+    assert listed == made | {("invalid-request", 400)}

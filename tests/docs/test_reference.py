@@ -1,0 +1,253 @@
+"""The reference says what the code says: every name, every default, every row."""
+
+import inspect
+import logging
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+
+from metered_billing import HttpCredits, MeteredBillingMiddleware, Settings, SqlCredits, metered, telemetry
+from metered_billing.charge import TRANSITIONS, Account, Record, State
+from metered_billing.cli.commands import app as command_line
+from metered_billing.credits.contract import Contract, Reply
+from metered_billing.errors import BillingError
+from metered_billing.middleware import Exchange
+
+from .pages import DOCS, UPDATE, Page, code, table
+
+sys.path.insert(0, str(DOCS))
+import make_charge
+
+REFERENCE = DOCS / "reference"
+
+
+# charge.md
+
+
+def test_charge_page_is_drawn_from_the_table() -> None:
+    """`python docs/make_charge.py` would change nothing."""
+    text = make_charge.PAGE.read_text(encoding="utf-8")
+    made = make_charge.page(text)
+    if UPDATE and made != text:
+        make_charge.PAGE.write_text(made, encoding="utf-8")
+    assert make_charge.PAGE.read_text(encoding="utf-8") == made
+
+
+def test_charge_page_explains_every_state_and_occasion() -> None:
+    """And none that there is not."""
+    page = Page(REFERENCE / "charge.md")
+    states = {row[0].strip("*") for row in table(page, "What the states mean")}
+    assert states == {str(state) for state in State}
+    occasions = {row[0] for row in table(page, "What happens")}
+    assert occasions == {occasion for row in TRANSITIONS.values() for occasion in row}
+
+
+# decorator.md
+
+
+def parameters(callable_: Any) -> dict[str, str]:
+    """Name and default, as the page writes them."""
+    found = {}
+    for parameter in inspect.signature(callable_).parameters.values():
+        if parameter.name in ("self", "app", "runtime", "telemetry"):
+            continue
+        default = parameter.default
+        found[parameter.name] = "" if default is inspect.Parameter.empty else repr(default).replace("'", '"')
+    return found
+
+
+def documented(page: Page, heading: str) -> dict[str, str]:
+    return {code(row[0])[0]: (code(row[1]) or [""])[0] for row in table(page, heading)}
+
+
+@pytest.mark.parametrize(
+    ("heading", "callable_"),
+    [
+        ("metered", metered),
+        ("MeteredBillingMiddleware", MeteredBillingMiddleware),
+        ("HttpCredits", HttpCredits),
+        ("SqlCredits", SqlCredits),
+    ],
+)
+def test_parameters_and_defaults_are_on_the_page(heading: str, callable_: Any) -> None:
+    """All of them, and no others."""
+    assert documented(Page(REFERENCE / "decorator.md"), heading) == parameters(callable_)
+
+
+def test_settings_are_on_the_page() -> None:
+    """Each with its variable."""
+    rows = table(Page(REFERENCE / "decorator.md"), "Settings")
+    prefix = Settings.model_config["env_prefix"]
+    assert {code(row[0])[0] for row in rows} == {f"{prefix}{name.upper()}" for name in Settings.model_fields}
+    assert Settings.model_fields["journal"].default in str(rows)
+
+
+def kinds(kind: type[BillingError]) -> list[type[BillingError]]:
+    return [kind, *(below for each in kind.__subclasses__() for below in kinds(each))]
+
+
+def test_problems_are_on_the_page() -> None:
+    """Every error's class, status and name."""
+    rows = table(Page(REFERENCE / "decorator.md"), "Problems")
+    shown = {code(row[2])[0]: (int(row[0]), code(row[1])[0]) for row in rows}
+    assert shown == {
+        kind.__name__: (kind.status, kind.name) for kind in kinds(BillingError) if kind is not BillingError
+    }
+
+
+def test_response_headers_are_on_the_page() -> None:
+    """Those that the middleware sends; the example exposes the same."""
+    rows = table(Page(REFERENCE / "decorator.md"), "Response headers")
+    source = inspect.getsource(sys.modules[Exchange.__module__])
+    sent = set(re.findall(r'b"(credits-[a-z-]+)"', source))
+    assert {code(row[0])[0].lower() for row in rows} == sent
+    example = (DOCS / "examples" / "cors.py").read_text(encoding="utf-8").lower()
+    assert all(f'"{header}"' in example for header in sent)
+
+
+# telemetry.md
+
+TELEMETRY = REFERENCE / "telemetry.md"
+
+
+def constants(prefix: str) -> set[str]:
+    return {value for name, value in vars(telemetry).items() if name.startswith(prefix) and isinstance(value, str)}
+
+
+SOURCE = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(telemetry.__file__).parent.rglob("*.py")))
+
+# A name that nobody uses is not emitted, so it is not documented either.
+ATTRIBUTES = {
+    value
+    for name, value in vars(telemetry).items()
+    if name.isupper() and isinstance(value, str) and not name.startswith(("SPAN_", "LOG_", "_")) and name != "SCOPE"
+    if len(re.findall(rf"\b{name}\b", SOURCE)) > 1
+}
+FOR_METRICS = {telemetry.OPERATION, telemetry.CHARGE_STATE}
+
+
+def first_column(heading: str) -> list[str]:
+    return [code(row[0])[0] for row in table(Page(TELEMETRY), heading)]
+
+
+def test_spans_are_on_the_page() -> None:
+    """All names of ours, and HTTP attempts."""
+    assert set(first_column("Spans")) == constants("SPAN_")
+
+
+def test_span_attributes_are_on_the_page() -> None:
+    """All of them, and no others, but for those of metrics alone."""
+    shown = first_column("Span attributes")
+    assert len(shown) == len(set(shown))
+    assert {name for name in shown if not name.startswith(("http.", "server."))} == ATTRIBUTES - FOR_METRICS
+
+
+def test_log_events_are_on_the_page_with_their_levels() -> None:
+    """All of them, and no others."""
+    rows = table(Page(TELEMETRY), "Log events")
+    shown = {code(row[0])[0]: row[1] for row in rows}
+    assert shown == {
+        event: logging.getLevelName(telemetry._LEVELS.get(event, logging.INFO)).lower() for event in constants("LOG_")
+    }
+
+
+def test_metrics_are_on_the_page_with_units_and_attributes() -> None:
+    """As the meter makes them."""
+    reader = InMemoryMetricReader()
+    emitted = telemetry.Telemetry(meter_provider=MeterProvider([reader]))
+    emitted.measured("deduct", "ok", 0.1)
+    emitted.moved("deducted", 1)
+    emitted.breaker_changed("open")
+    emitted.unsettled({"voiding": (1, 1.0)})
+    emitted.log(telemetry.LOG_DISPUTED)
+    emitted.attempt("POST", "credits", 80, 1, "deduct")
+    data = reader.get_metrics_data()
+    assert data is not None
+    made = {
+        metric.name: (metric.unit, set(metric.data.data_points[0].attributes or ()))
+        for resource in data.resource_metrics
+        for scope in resource.scope_metrics
+        for metric in scope.metrics
+    }
+    rows = table(Page(TELEMETRY), "Metrics")
+    assert {code(row[0])[0]: (code(row[2])[0], set(code(row[3]))) for row in rows} == made
+
+
+# cli.md
+
+
+@pytest.mark.parametrize("command", ["serve", "grant", "balance", "transactions"])
+def test_options_are_on_the_page(command: str) -> None:
+    """With their defaults and variables."""
+    made = {
+        option.opts[0]: (option.envvar or "", str(option.default) if option.default not in (None, False) else "")
+        for option in typer.main.get_command(command_line).commands[command].params  # type: ignore[attr-defined]
+        if option.opts[0].startswith("--") and option.opts[0] != "--help"
+    }
+    page = Page(REFERENCE / "cli.md")
+    rows = table(page, command)
+    shown = {code(row[0])[0]: ((code(row[2]) or [""])[0], (code(row[1]) or [""])[0]) for row in rows}
+    assert shown == made
+
+
+# answers.md
+
+RECORD = Record(
+    id="01980a5e-7c1e-7b5a-9a55-0e9d5c3a1f10",
+    account=Account("acme"),
+    amount_credits=10,
+    units=10,
+    state=State.REFUNDING,
+    opened_at=0,
+    transaction_id="t1",
+    refund_credits=2,
+)
+
+GOOD = {
+    "deduction": {"transaction_id": "t1", "amount": 10, "balance": 90},
+    "refund": {"refund_id": "r1", "transaction_id": "t1", "amount": 2, "balance": 92},
+    "void": {"status": "voided", "refunded": 10},
+}
+
+
+def replies(cell: str, what: str) -> list[Reply]:
+    """What the first column of a table names: statuses, or a status and a problem."""
+    found = []
+    for status in re.findall(r"\b\d{3}\b", cell):
+        names = [name for name in code(cell) if re.fullmatch(r"[a-z]+(-[a-z]+)+", name)]
+        if names:
+            for name in names:
+                body: Any = {"type": f"urn:metered-billing:{name}"}
+                found.append(Reply(int(status), {"content-type": "application/problem+json"}, body))
+        elif "problem" in cell:
+            kind = {"type": "urn:metered-billing:not-found"}
+            found.append(Reply(int(status), {"content-type": "application/problem+json"}, kind))
+        else:
+            found.append(Reply(int(status), {"content-type": "application/json"}, GOOD[what]))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("heading", "what", "read"),
+    [
+        ("To a deduction", "deduction", lambda reply: Contract().read_deduction(RECORD, reply)),
+        ("To a refund", "refund", lambda reply: Contract().read_refund(RECORD, reply)),
+        ("To a void", "void", lambda reply: Contract().read_void(replace(RECORD, state=State.VOIDING), reply)),
+    ],
+)
+def test_answers_mean_what_the_page_says(heading: str, what: str, read: Any) -> None:
+    """Each row of the table, read by the client."""
+    for row in table(Page(REFERENCE / "answers.md"), heading):
+        for reply in replies(row[0], what):
+            answer = read(reply)
+            meant = re.sub(r"(?<!^)(?=[A-Z])", " ", type(answer).__name__).lower()
+            if getattr(answer, "misconfigured", False):
+                meant = "our bug"
+            assert row[1].strip("*") == meant, f"{heading}: {row[0]}: {answer}"

@@ -6,13 +6,17 @@ BIN := $(VENV)/bin
 
 # uv when pip can fetch it (14 s from nothing), else pip itself (a minute).
 define install
-@test -x $(BIN)/python || { echo "· making a virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
+@test -x $(BIN)/pip || { echo "· making a virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV) \
+ || { echo "· Debian keeps venv in a package of its own"; apt-get -qq update && apt-get -qq install -y python3-venv \
+ && $(PYTHON) -m venv --clear $(VENV); }; }
 @test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv || echo "· no uv here: pip will do"
 @echo "· installing $(1)"
 @if test -x $(BIN)/uv; then $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt $(1); \
  else $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(1); fi
 endef
 
+# Two installations into one environment would get in each other's way.
+.NOTPARALLEL:
 .PHONY: demo test quick check format clean help
 
 help: ## Say what there is
@@ -34,6 +38,8 @@ demo: $(VENV)/.demo ## Run the main job: a credits service, an app, real picture
 
 test: $(VENV)/.dev $(VENV)/.demo check ## All checks and all tests but the long simulations
 	$(BIN)/python -m pytest -n auto --cov --cov-report=term
+	@# Where money is decided, every branch has a test.
+	$(BIN)/coverage report --fail-under=100 --include='*/charge.py,*/outcomes/*,*/biller.py,*/settler.py,*/metered.py,*/middleware.py'
 
 quick: $(VENV)/.dev ## The everyday tests, in under two minutes
 	$(BIN)/python -m pytest -n auto -m "not slow" -q
@@ -42,6 +48,7 @@ check: $(VENV)/.dev ## Lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy examples tests docs/examples
 
 format: $(VENV)/.dev ## Put the code in order
 	$(BIN)/ruff check --fix .

@@ -20,9 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-import httpx
-
-from . import tour
 from .samples import sample_request
 from .supervisor import CannotStart, Process, check_port, keep_running
 
@@ -45,6 +42,8 @@ def main() -> int:
     try:
         ports = _port("PORT", 8000), _port("CREDITS_PORT", 8080)
         with _lock(FOLDER):
+            check_port(ports[0], "PORT")
+            check_port(ports[1], "CREDITS_PORT")
             prepare(FOLDER, keep=os.environ.get("KEEP") == "1")
             asyncio.run(_until_stopped(*ports))
     except CannotStart as error:
@@ -54,12 +53,10 @@ def main() -> int:
 
 
 async def _until_stopped(app_port: int, credits_port: int) -> None:
-    check_port(app_port, "PORT")
-    check_port(credits_port, "CREDITS_PORT")
-    tokens = tour.Tokens(app=secrets.token_urlsafe(24), admin=secrets.token_urlsafe(24))
-    service = _service(credits_port, tokens)
-    app = _app(app_port, f"http://127.0.0.1:{credits_port}", tokens)
-    demo = asyncio.ensure_future(_run(app, service, tokens))
+    app_token, admin_token = secrets.token_urlsafe(24), secrets.token_urlsafe(24)
+    service = _service(credits_port, f"{app_token}=tenant:demo,{admin_token}=admin")
+    app = _app(app_port, f"http://127.0.0.1:{credits_port}", app_token)
+    demo = asyncio.ensure_future(_run(app, service, admin_token))
     _on_signals(demo.cancel)
     try:
         with suppress(asyncio.CancelledError):
@@ -73,24 +70,24 @@ async def _until_stopped(app_port: int, credits_port: int) -> None:
         say("· stopped")
 
 
-async def _run(app: Process, service: Process, tokens: tour.Tokens) -> None:
+async def _run(app: Process, service: Process, admin_token: str) -> None:
     """Start both processes, show what they do, and keep them running until cancelled."""
     app_url, credits_url = (f"http://127.0.0.1:{process.port}" for process in (app, service))
     _write_private(
         FOLDER / "env",
-        f"export METERED_BILLING_CREDITS={credits_url}\nexport METERED_BILLING_TOKEN={tokens.admin}\n",
+        f"export METERED_BILLING_CREDITS={credits_url}\nexport METERED_BILLING_TOKEN={admin_token}\n",
     )
     say("metered-billing demo: starting …")
-    async with httpx.AsyncClient(timeout=60, trust_env=False) as http:
-        service.start()
-        app.start()
-        for process, what in ((service, "credits service"), (app, "app")):
-            took_s = await process.up(http)
-            say(f"  {what:16} http://localhost:{process.port}  pid {process.pid}  up after {took_s:.1f} s")
-        await tour.grant(http, credits_url, tokens, GRANTS)
-        await tour.show(http, app_url, credits_url, tokens, say)
-        tour.explain(app.port, service.port, say)
-        await keep_running((app, service), http, say)
+    service.start()
+    app.start()
+    from . import tour  # only now: while it is imported the processes start
+
+    for process, what in ((service, "credits service"), (app, "app")):
+        took_s = await process.up()
+        say(f"  {what:16} http://localhost:{process.port}  pid {process.pid}  up after {took_s:.1f} s")
+    await tour.give(app_url, credits_url, admin_token, GRANTS, say)
+    tour.explain(app.port, service.port, say)
+    await keep_running((app, service), say)
 
 
 def _kill(*processes: Process) -> None:
@@ -104,27 +101,27 @@ def _on_signals(do: Callable[[], object]) -> None:
             asyncio.get_running_loop().add_signal_handler(number, do)
 
 
-def _service(port: int, tokens: tour.Tokens) -> Process:
+def _service(port: int, tokens: str) -> Process:
     command = Path(sysconfig.get_path("scripts")) / "metered-billing"
     database = f"sqlite:///{FOLDER}/credits.db"
     return Process(
         name="credits",
         command=[str(command), "serve", "--database", database, "--port", str(port)],
-        environment={"METERED_BILLING_TOKENS": f"{tokens.app}=tenant:demo,{tokens.admin}=admin"},
+        environment={"METERED_BILLING_TOKENS": tokens},
         port=port,
         health="/healthz",
         folder=FOLDER,
     )
 
 
-def _app(port: int, credits_url: str, tokens: tour.Tokens) -> Process:
+def _app(port: int, credits_url: str, token: str) -> Process:
     arguments = ["examples.fastapi_app.app:app", "--port", str(port), "--timeout-graceful-shutdown", "8"]
     return Process(
         name="app",
         command=[sys.executable, "-m", "uvicorn", *arguments],
         environment={
             "METERED_BILLING_CREDITS": credits_url,
-            "METERED_BILLING_TOKEN": tokens.app,
+            "METERED_BILLING_TOKEN": token,
             "METERED_BILLING_JOURNAL": str(FOLDER / "journal"),
             "METERED_BILLING_DEMO_IMAGES": str(FOLDER / "images"),
         },

@@ -9,11 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import httpx
 
 Say = Callable[[str], None]
 
@@ -99,7 +97,7 @@ class Process:
         self.quick_deaths = 0 if time.monotonic() - self.started_at > LIVED_S else self.quick_deaths + 1
         return min(0.5 * 2.0 ** (self.quick_deaths - 2), LONGEST_PAUSE_S) if self.quick_deaths > 1 else 0.0
 
-    async def up(self, http: httpx.AsyncClient) -> float:
+    async def up(self) -> float:
         """Wait until it answers.
 
         Returns:
@@ -111,11 +109,8 @@ class Process:
         while time.monotonic() - self.started_at < STARTED_WITHIN_S:
             if ended := self.ended():
                 raise CannotStart(f"The {self.name} process {ended}:\n{self.last_words()}")
-            try:
-                if (await http.get(f"http://127.0.0.1:{self.port}{self.health}")).status_code == 200:
-                    return time.monotonic() - self.started_at
-            except httpx.TransportError:
-                pass  # not yet
+            if await _answers(self.port, self.health):
+                return time.monotonic() - self.started_at
             await asyncio.sleep(_POLL_S)
         raise CannotStart(f"The {self.name} process does not answer:\n{self.last_words()}")
 
@@ -141,14 +136,14 @@ class Process:
         return "\n".join(f"    {line}" for line in lines[-15:])
 
 
-async def keep_running(processes: Sequence[Process], http: httpx.AsyncClient, say: Say) -> None:
+async def keep_running(processes: Sequence[Process], say: Say) -> None:
     """Start whichever has died again, on the same files, until cancelled."""
     async with asyncio.TaskGroup() as group:
         for process in processes:
-            group.create_task(_keep_running(process, http, say))
+            group.create_task(_keep_running(process, say))
 
 
-async def _keep_running(process: Process, http: httpx.AsyncClient, say: Say) -> None:
+async def _keep_running(process: Process, say: Say) -> None:
     while True:
         await asyncio.sleep(_POLL_S)
         if (ended := process.ended()) is None:
@@ -159,7 +154,7 @@ async def _keep_running(process: Process, http: httpx.AsyncClient, say: Say) -> 
         await asyncio.sleep(pause_s)
         process.start()
         try:
-            await process.up(http)
+            await process.up()
         except CannotStart:
             continue  # it has died again, or will be seen to
         say(f"· the {process.name} process is up again (pid {process.pid})")
@@ -179,6 +174,18 @@ def check_port(port: int, setting: str) -> None:
             raise CannotStart(
                 f"Port {port} cannot be used ({error.strerror}). Choose another: {setting}=… make demo"
             ) from None
+
+
+async def _answers(port: int, path: str) -> bool:
+    # By hand: an HTTP library takes longer to import than this whole module, and people wait.
+    try:
+        async with asyncio.timeout(2):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            with closing(writer):
+                writer.write(f"GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
+                return b" 200 " in await reader.readline()
+    except (OSError, TimeoutError):
+        return False  # not yet
 
 
 def _die_with_the_parent() -> None:

@@ -1,11 +1,10 @@
 """What the demo shows: one request of ten pictures, and what it did to an account."""
 
+import asyncio
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-import anyio
 import httpx
 
 from .samples import sample_request
@@ -14,57 +13,70 @@ from .supervisor import CannotStart, Say
 TENANT = "demo"
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """This run's secrets at the credits service: the app's, for its tenant, and ours, which may grant."""
+async def give(app_url: str, credits_url: str, admin_token: str, grants: Mapping[str, int], say: Say) -> None:
+    """Grant the users what they start with, send the sample request as `tour`, and print its account.
 
-    app: str = field(repr=False)
-    admin: str = field(repr=False)
+    Args:
+        grants: Credits by user; given once, however often the demo is started on its files.
+    """
+    headers = {"Authorization": f"Bearer {admin_token}"}
+    async with (
+        httpx.AsyncClient(base_url=credits_url, headers=headers, trust_env=False) as service,
+        httpx.AsyncClient(base_url=app_url, timeout=60, trust_env=False) as app,
+    ):
+        await _grant(service, grants)
+        say("")
+        say(_bold("Ten pictures, sent as the user `tour`, at one credit each; two of them are broken:"))
+        try:
+            await _send_samples(app, service, say)
+        except httpx.HTTPError as error:
+            say(f"  no answer ({type(error).__name__}): see .demo/*.log")
 
 
-async def grant(http: httpx.AsyncClient, credits_url: str, tokens: Tokens, amounts: Mapping[str, int]) -> None:
-    """Give each user the credits they start with; once, however often the demo is started on its files."""
-    for user, amount in amounts.items():
-        answer = await http.post(
-            f"{credits_url}/v1/grants",
+async def _grant(service: httpx.AsyncClient, grants: Mapping[str, int]) -> None:
+    for user, amount in grants.items():
+        answer = await service.post(
+            "/v1/grants",
             json={"tenant_id": TENANT, "user_id": user, "amount": amount, "reason": "to start with"},
-            headers={"Authorization": f"Bearer {tokens.admin}", "Idempotency-Key": f"start:{user}"},
+            headers={"Idempotency-Key": f"start:{user}"},
         )
         if not answer.is_success:
             raise CannotStart(f"No credits could be granted ({answer.status_code}): {answer.text}")
 
 
-async def show(http: httpx.AsyncClient, app_url: str, credits_url: str, tokens: Tokens, say: Say) -> None:
-    """Send the sample request as the user `tour`, and print its account."""
-    say("")
-    say(_bold("Ten pictures, sent as the user `tour`, at one credit each; two of them are broken:"))
-    try:
-        answer = await http.post(
-            f"{app_url}/create-products", json=sample_request(), headers={"Authorization": "Bearer tour"}
-        )
-        if answer.status_code != 200:
-            say(f"  {answer.status_code}: {answer.text}")
-            return
-        _show_pictures(answer.json(), say)
-        _show_account(await _account(http, credits_url, tokens, answer.headers), say)
-    except httpx.HTTPError as error:
-        say(f"  no answer ({type(error).__name__}): see .demo/*.log")
-
-
-def _show_pictures(body: dict[str, Any], say: Say) -> None:
-    for product in body["products"]:
+async def _send_samples(app: httpx.AsyncClient, service: httpx.AsyncClient, say: Say) -> None:
+    answer = await app.post("/create-products", json=sample_request(), headers={"Authorization": "Bearer tour"})
+    if answer.status_code != 200:
+        say(f"  {answer.status_code}: {answer.text}")
+        return
+    for product in answer.json()["products"]:
         for image in product["images"]:
             good = image["status"] == "succeeded"
             outcome = _green("✓ cut out") if good else _red("✗ " + image["error"])
             say(f"  {product['name']:8} {image['id']:15} {outcome}{'  ' + image['url'] if good else ''}")
+    await _show_account(service, answer.headers, say)
 
 
-def _show_account(account: "Account", say: Say) -> None:
+async def _show_account(service: httpx.AsyncClient, said: Mapping[str, str], say: Say) -> None:
+    """What the request did to the account, as the service's books have it."""
+    due = int(said.get("Credits-Refunded", "0"))
+    refunded = 0
+    # The refund goes out after the response: give it a moment.
+    for _ in range(100):
+        answer = await service.get(f"/v1/transactions/{said['Credits-Transaction-Id']}")
+        deduction: dict[str, Any] = answer.raise_for_status().json()
+        refunded = sum(refund["amount"] for refund in deduction["refunds"])
+        if refunded >= due:
+            break
+        await asyncio.sleep(0.05)
+    answer = await service.get("/v1/balance", params={"tenant_id": TENANT, "user_id": "tour"})
+    balance = answer.raise_for_status().json()["balance"]
+    items = [item for refund in deduction["refunds"] for item in refund["items"]]
     say("")
-    say(f"  deducted {account.deducted:4}  before the work began")
-    say(f"  refunded {account.refunded:4}  {', '.join(account.items)}")
-    say(f"  cost     {account.deducted - account.refunded:4}")
-    say(f"  balance  {account.balance:4}")
+    say(f"  deducted {-deduction['amount']:4}  before the work began")
+    say(f"  refunded {refunded:4}  {', '.join(items)}")
+    say(f"  cost     {-deduction['amount'] - refunded:4}")
+    say(f"  balance  {balance:4}")
 
 
 def explain(app_port: int, credits_port: int, say: Say) -> None:
@@ -81,40 +93,11 @@ def explain(app_port: int, credits_port: int, say: Say) -> None:
     say("")
     say("Pull the plug, if you like: whatever is killed starts again, and no credit is lost.")
     say("  kill -9 $(cat .demo/app.pid)       kill -9 $(cat .demo/credits.pid)")
-    say(f"The credits service is on port {credits_port} (its secrets: .demo/env); logs: .demo/*.log.")
-    say("Ctrl-C stops both.")
-
-
-@dataclass(frozen=True)
-class Account:
-    """What one request did, in credits, as the service's books have it."""
-
-    deducted: int
-    refunded: int
-    items: list[str]
-    balance: int
-
-
-async def _account(http: httpx.AsyncClient, credits_url: str, tokens: Tokens, said: Mapping[str, str]) -> Account:
-    transaction, due = said["Credits-Transaction-Id"], int(said.get("Credits-Refunded", "0"))
-    headers = {"Authorization": f"Bearer {tokens.admin}"}
-    # The refund goes out after the response: give it a moment.
-    for _ in range(50):
-        answer = await http.get(f"{credits_url}/v1/transactions/{transaction}", headers=headers)
-        entry: dict[str, Any] = answer.raise_for_status().json()
-        refunds = entry["refunds"]
-        if sum(refund["amount"] for refund in refunds) >= due:
-            break
-        await anyio.sleep(0.1)
-    answer = await http.get(
-        f"{credits_url}/v1/balance", params={"tenant_id": TENANT, "user_id": "tour"}, headers=headers
-    )
-    return Account(
-        deducted=abs(entry["amount"]),
-        refunded=sum(refund["amount"] for refund in refunds),
-        items=[item for refund in refunds for item in refund.get("items") or ()],
-        balance=answer.raise_for_status().json()["balance"],
-    )
+    say("")
+    say(f"The credits service is on port {credits_port}. What alice was charged for:")
+    say("  . .demo/env; .venv/bin/metered-billing transactions --tenant demo --user alice")
+    say("")
+    say("Logs: .demo/*.log. Ctrl-C stops both.")
 
 
 def _bold(text: str) -> str:

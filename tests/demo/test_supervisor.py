@@ -40,8 +40,8 @@ async def test_keep_running_killed_process_is_started_again(tmp_path: Path, http
     """It is back within seconds, under a new pid that its file names, and that is said."""
     server, said = process(tmp_path), list[str]()
     server.start()
-    await server.up(http)
-    keeper = asyncio.ensure_future(keep_running([server], http, said.append))
+    await server.up()
+    keeper = asyncio.ensure_future(keep_running([server], said.append))
     try:
         first = int(server.pid_file.read_text())
         os.kill(first, signal.SIGKILL)
@@ -65,7 +65,7 @@ async def test_keep_running_process_that_dies_at_once_is_given_pauses(tmp_path: 
     """It is started again a little later each time, not as fast as the machine can."""
     server, said = process(tmp_path, [sys.executable, "-c", "raise SystemExit(3)"]), list[str]()
     server.start()
-    keeper = asyncio.ensure_future(keep_running([server], http, said.append))
+    keeper = asyncio.ensure_future(keep_running([server], said.append))
     async with asyncio.timeout(20):
         while len(said) < 3:
             await asyncio.sleep(0.05)
@@ -83,7 +83,7 @@ async def test_up_process_that_ends_says_why(tmp_path: Path, http: httpx.AsyncCl
     server = process(tmp_path, [sys.executable, "-c", "raise SystemExit('no such database')"])
     server.start()
     with pytest.raises(CannotStart, match=r"(?s)ended with code 1.*no such database"):
-        await server.up(http)
+        await server.up()
     await server.stop()
 
 

@@ -393,17 +393,22 @@ class Settler:
     async def _recover_round(self, records: list[Record], here: LoopTasks) -> tuple[int, bool]:
         """Recover these, a few at a time; no more as soon as the service cannot be reached."""
         waiting = iter(records)
-        tried, reachable = 0, True
+        tried, failed, reachable = 0, 0, True
 
         async def worker() -> None:
-            nonlocal tried, reachable
+            nonlocal tried, failed, reachable
             for record in waiting:
-                if here.stopping or not reachable:
+                if here.stopping or not reachable or failed >= AT_ONCE:
                     return
                 tried += 1
-                answer = await self._recover_one(record)
-                if answer is not None and not answer.sent:
-                    reachable = False
+                try:
+                    answer = await self._recover_one(record)
+                except Exception as error:
+                    # The journal; or a bug. One record's stands in nobody's way; so many end the round.
+                    failed += 1
+                    self._telemetry.log(names.LOG_JOURNAL_FAILED, record, exc_info=error)
+                else:
+                    reachable = reachable and (answer is None or answer.sent)
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -412,26 +417,20 @@ class Settler:
         finally:
             for record in records:
                 self.leave(record)
-        return tried, reachable
+        return tried, reachable and failed < AT_ONCE
 
     async def _recover_one(self, record: Record) -> Unanswered | None:
         with self._telemetry.operation(names.SPAN_RECOVER, record, linked=True) as operation:
-            try:
-                event = orphaned(record)
-                if event is not None:
-                    after = step(record, event, now=self._runtime.now())
-                    if not await self._journal.write(record, after, durable=True):
-                        operation.failed("ownership_lost")
-                        self._telemetry.log(names.LOG_OWNERSHIP_LOST, record)
-                        return None
-                    self._telemetry.log(names.LOG_RECOVERED, after, found=str(record.state), state=str(after.state))
-                    record = after
-                return await self.drive(record, None)
-            except Exception as error:
-                # The journal; or a bug, which must not stand in the way of others.
-                operation.failed("journal")
-                self._telemetry.log(names.LOG_JOURNAL_FAILED, record, exc_info=error)
-                return Unanswered("the journal failed", sent=not isinstance(error, JournalError))
+            event = orphaned(record)
+            if event is not None:
+                after = step(record, event, now=self._runtime.now())
+                if not await self._journal.write(record, after, durable=True):
+                    operation.failed("ownership_lost")
+                    self._telemetry.log(names.LOG_OWNERSHIP_LOST, record)
+                    return None
+                self._telemetry.log(names.LOG_RECOVERED, after, found=str(record.state), state=str(after.state))
+                record = after
+            return await self.drive(record, None)
 
     async def _recover_for_ever(self, here: LoopTasks) -> None:
         looked_at = -math.inf

@@ -1,0 +1,770 @@
+"""The settler: refunds and voids that get no answer, no void, no journal or no more time."""
+
+import asyncio
+import contextlib
+import itertools
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metered_billing import settler as module
+from metered_billing.biller import Biller, Charge
+from metered_billing.charge import (
+    AlreadyVoided,
+    Declined,
+    NotSent,
+    Record,
+    Refunded,
+    Refused,
+    Reported,
+    State,
+    Unanswered,
+    Unknown,
+)
+from metered_billing.errors import BillingError
+from metered_billing.journal import JournalError
+from metered_billing.journal.sqlite import SqliteJournal
+from metered_billing.outcomes import Paid
+from metered_billing.settler import settled
+from metered_billing.telemetry import SPAN_DEDUCT, SPAN_RECOVER, SPAN_REFUND, SPAN_VOID
+from tests.fakes import ANN, EPOCH, GRANTED, LOST, NOT_SENT, UNHEARD, Accident, Bank, Fault, World, striking
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def served(world: World, *, within_s: float = 86_400.0, kept: int = 8) -> None:
+    """One request of 10, of which so many succeed, and quiet after it."""
+
+    async def main() -> None:
+        with contextlib.suppress(BillingError):
+            await world.serve(event=Reported(kept))
+        await world.quiet(within_s)
+        assert not world.live
+        await world.biller.drain(1.0)
+
+    world.run(main)
+
+
+def calls(world: World) -> list[str]:
+    return [name for name, _ in world.bank.calls]
+
+
+def final(world: World) -> list[tuple[str, str | None]]:
+    """State and reason of what is on record, read by another journal."""
+
+    async def main() -> list[tuple[str, str | None]]:
+        journal = SqliteJournal(world.directory / "journal", runtime=world.runtime)
+        await journal.start()
+        found = await journal._place().run(
+            lambda connection: connection.execute(
+                "SELECT state, json_extract(body, '$.reason') FROM charges ORDER BY id"
+            ).fetchall(),
+            durable=False,
+        )
+        await journal.close()
+        return found
+
+    return world.run(main)
+
+
+def call_times(world: World, name: str) -> list[float]:
+    """When calls of this kind are made, from now on."""
+    times: list[float] = []
+    real = getattr(world.bank, name)
+
+    async def timed(record: Record) -> Any:
+        times.append(world.time)
+        return await real(record)
+
+    setattr(world.bank, name, timed)
+    return times
+
+
+def due_refunds(world: World, number: int, *, state: State = State.REFUNDING) -> None:
+    """So many charges of one credit that a process left behind, all of it to be refunded."""
+    world.bank.balance += number
+
+    async def main() -> None:
+        await world.inner.start()
+        for n in range(number):
+            record = Record(
+                id=f"c{n:05}", account=ANN, amount_credits=1, units=1, opened_at=EPOCH, owner=world.inner.owner,
+                due_at=EPOCH, state=state, transaction_id=f"tx-c{n:05}",
+                refund_credits=1 if state is State.REFUNDING else 0,
+            )  # fmt: skip
+            world.bank.take(record)
+            await world.inner.open(record)
+        await world.inner.close()
+
+    world.run(main)
+
+
+# Answers to a refund.
+
+
+@pytest.mark.parametrize(
+    ("kept", "answer", "state"),
+    [(0, AlreadyVoided(), "voided"), (8, AlreadyVoided(), "disputed"), (8, Refused("no such thing"), "disputed")],
+)
+def test_refund_that_is_not_to_be_had_ends(
+    world: World, kept: int, answer: Any, state: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All of it voided already is the same thing; a part of it, or a refusal, is for a person to look at."""
+    caplog.set_level("INFO", logger="metered_billing")
+    world.bank.faults["refund"] = [Fault(answer)]
+    served(world, kept=kept)
+    ((found, _),) = final(world)
+    assert found == state
+    assert calls(world) == ["deduct", "refund"]
+    assert ("credits.voided" if state == "voided" else "charge.disputed") in caplog.text
+    (span,) = world.spans(SPAN_REFUND)
+    assert (span.attributes or {}).get("error.type") == (None if state == "voided" else "refused")
+
+
+def test_void_that_is_refused_is_disputed(world: World) -> None:
+    """The service understood, and said no: nothing more is sent."""
+    world.bank.faults.update(deduct=[LOST], void=[Fault(Refused("no"))])
+    served(world)
+    assert final(world) == [("disputed", "no")]
+
+
+def test_unanswered_refund_is_tried_again_for_a_day(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """From a second to five minutes, jittered, without end; and then it is made, once."""
+    times = call_times(world, "refund")
+    world.bank.always["refund"] = UNHEARD
+
+    async def main() -> None:
+        await world.serve()
+        await asyncio.sleep(86_400)
+        del world.bank.always["refund"]
+        await world.quiet()
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    gaps = [after - before for before, after in itertools.pairwise(times)]
+    for tries, gap in enumerate(gaps):
+        highest = min(2.0**tries, 300.0)
+        assert highest / 2 <= gap <= highest + 0.5, (tries, gap)
+    assert len(gaps) > 86_400 / 300
+    assert len({round(gap, 3) for gap in gaps[-50:]}) > 40
+    assert "credits.postponed" in caplog.text
+    assert world.bank.balance == GRANTED - 8
+    world.holds()
+
+
+@pytest.mark.parametrize(("asked", "least", "most"), [(77.0, 77, 78), (1e9, 3600, 3601), (float("nan"), 0.5, 1.5)])
+def test_retry_after_of_a_refund_is_respected(world: World, asked: float, least: float, most: float) -> None:
+    """Up to an hour at a time: a proxy's nonsense must not put a refund off for years."""
+    times = call_times(world, "refund")
+    world.bank.faults["refund"] = [Fault(Unanswered("busy", retry_after_s=asked))]
+    served(world)
+    assert least <= times[1] - times[0] <= most
+
+
+def test_postponed_charges_stand_on_record_and_not_in_memory(world: World) -> None:
+    """Tries and due time survive; no task waits for the next attempt."""
+    world.bank.always["refund"] = LOST
+
+    async def main() -> None:
+        await world.serve()
+        await settled()
+        assert not world.live
+        (record,) = await world.inner.due(1e12, besides=(), limit=9)
+        assert record.tries == 1
+        assert EPOCH + world.time < record.due_at <= EPOCH + world.time + 1.1
+        assert len(asyncio.all_tasks()) == 2
+        await world.biller.drain(1.0)
+
+    world.run(main)
+
+
+# Where there are no voids.
+
+
+def without_voids(world: World, *faults: Fault, remembers: bool) -> None:
+    world.bank.has_voids = False
+    world.bank.remembers_declines = remembers
+    world.bank.faults["deduct"] = list(faults)
+
+
+def test_without_voids_a_transaction_that_turns_up_is_refunded(world: World) -> None:
+    """The same deduction under the same key tells what became of it."""
+    without_voids(world, UNHEARD, remembers=False)
+    served(world)
+    assert calls(world) == ["deduct", "void", "deduct", "refund"]
+    assert world.bank.balance == GRANTED
+    assert final(world)[0][0] == "settled"
+
+
+def test_without_voids_a_lost_deduction_is_made_and_refunded(world: World) -> None:
+    """Sending it again may well take the credits for the first time: they go back at once."""
+    without_voids(world, LOST, remembers=True)
+    served(world)
+    assert calls(world) == ["deduct", "void", "deduct", "refund"]
+    world.holds()
+
+
+def test_without_voids_a_remembered_decline_is_the_end(world: World) -> None:
+    """No copy can succeed any more."""
+    without_voids(world, LOST, remembers=True)
+    world.bank.balance = 5
+    served(world)
+    assert calls(world) == ["deduct", "void", "deduct"]
+    assert final(world)[0][0] == "voided"
+
+
+@pytest.mark.parametrize("arrives", [False, True])
+def test_without_voids_a_forgotten_decline_is_looked_up_five_minutes_later(world: World, arrives: bool) -> None:
+    """Once, without sending it: a copy that arrived meanwhile is found and refunded."""
+    without_voids(world, LOST, remembers=False)
+    world.bank.balance = 5
+    times = call_times(world, "find")
+
+    async def main() -> None:
+        with pytest.raises(BillingError):
+            await world.serve()
+        await settled()
+        if arrives:
+            world.bank.balance += 100
+            world.bank.take(Record(id=world.bank.calls[0][1], account=ANN, amount_credits=10, units=10, opened_at=0))
+        await world.quiet()
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    assert 300 <= times[0] < 302
+    assert calls(world) == ["deduct", "void", "deduct", "void", "find", *(["refund"] if arrives else [])]
+    assert world.bank.balance == (105 if arrives else 5)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Declined(5, after_unknown=True),
+        Unknown("timed out"),
+        NotSent("no connection"),
+        Unknown("no", misconfigured=True),
+    ],
+)
+def test_without_voids_a_resend_in_doubt_is_sent_again(world: World, answer: Any) -> None:
+    """An answer that does not count is asked for again, until one does."""
+    without_voids(world, LOST, Fault(answer), Fault(answer), remembers=False)
+    served(world)
+    assert calls(world) == ["deduct", *["void", "deduct"] * 3, "refund"]
+    world.holds()
+
+
+def test_look_up_without_an_answer_is_repeated(world: World) -> None:
+    """Still without sending the deduction again."""
+    without_voids(world, LOST, Fault(Declined(5, certain=False)), remembers=False)
+    world.bank.faults["find"] = [LOST, LOST]
+    served(world)
+    assert calls(world).count("deduct") == 2
+    assert calls(world).count("find") == 3
+
+
+# An unreachable service.
+
+
+@pytest.mark.slow
+def test_unreachable_service_is_asked_seldom_whatever_is_due(world: World) -> None:
+    """2,000 refunds due: a round stops early, rounds back off, a few are under way at a time, and none is lost."""
+    due_refunds(world, 2_000)
+    times = call_times(world, "refund")
+    world.bank.always["refund"] = NOT_SENT
+    sizes: list[int] = []
+
+    async def main() -> None:
+        await world.biller.start()
+        for _ in range(600):
+            await asyncio.sleep(1.0)
+            sizes.append(len(world.live))
+        assert 0 < len(times) < 8 * 75
+        assert [sum(begin <= at < begin + 1 for at in times) for begin in range(0, 600)] < [9] * 600
+        world.bank.always.clear()
+        while await world.inner.unsettled(0):
+            await asyncio.sleep(0.5)
+            sizes.append(len(world.live))
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    assert max(sizes) <= module.ROUND
+    assert world.bank.most_at_once <= module.AT_ONCE
+    assert world.bank.balance == GRANTED + 2_000
+    world.holds(GRANTED + 2_000)
+
+
+def test_rounds_back_off_over_full_passes_too(world: World) -> None:
+    """The pauses grow up to the length of a pass, and do not begin again with each."""
+    due_refunds(world, 200)
+    times = call_times(world, "refund")
+    world.bank.always["refund"] = NOT_SENT
+
+    async def main() -> None:
+        await world.biller.start()
+        await asyncio.sleep(300)
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    rounds = sorted({round(at, 2) for at in times})
+    gaps = [after - before for before, after in itertools.pairwise(rounds)]
+    assert all(gap >= 9.5 for gap in gaps[4:]), gaps
+
+
+# Recovering.
+
+
+def test_recovery_leaves_running_requests_alone(world: World) -> None:
+    """A route that runs for an hour keeps its charge, and settles it as it reports."""
+
+    async def an_hour(charge: Charge) -> None:
+        await asyncio.sleep(3_600)
+        assert await world.biller.recover() == 0
+        assert world.on_record(charge.id) == "deducted"
+
+    async def main() -> None:
+        await world.serve(route=an_hour)
+        await world.quiet()
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    assert world.bank.balance == GRANTED - 8
+
+
+def test_recovery_sweeps_what_a_request_left(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """The request has ended, its outcome could not be written: this very process refunds all."""
+    caplog.set_level("INFO", logger="metered_billing")
+    with striking(world, Accident("fail", "deducted-refunding…")):
+        served(world, within_s=30)
+    assert world.bank.balance == GRANTED
+    assert "charge.recovered" in caplog.text
+
+
+@pytest.mark.parametrize("state", [State.OPENED, State.DEDUCTED, State.REFUNDING, State.VOIDING])
+def test_recovery_drives_each_state_to_its_end(world: World, state: State) -> None:
+    """Within 30 seconds of a start."""
+    due_refunds(world, 3, state=state)
+
+    async def main() -> None:
+        await world.biller.start()
+        await world.quiet(30)
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    assert world.bank.balance == GRANTED + 3
+    world.holds(GRANTED + 3)
+    assert len(world.spans(SPAN_RECOVER)) == 3
+
+
+def test_recovery_by_another_process_is_linked_to_the_deduction(world: World) -> None:
+    """The refund's span, hours and a process later, leads to the request that it is for."""
+    with striking(world, Accident("kill", "refund…")):
+
+        async def main() -> None:
+            await world.serve()
+            await world.struck.wait()
+
+        world.run(main)
+    world.bury()
+    world.boot()
+    world.time += 7_200
+
+    async def later() -> None:
+        await world.biller.start()
+        await world.quiet()
+        await world.biller.drain(1.0)
+
+    world.run(later)
+    (deduct,) = world.spans(SPAN_DEDUCT)
+    assert deduct.context is not None
+    refund = world.spans(SPAN_REFUND)[-1]
+    (recover,) = world.spans(SPAN_RECOVER)
+    for span in (refund, recover):
+        assert [link.context.trace_id for link in span.links] == [deduct.context.trace_id]
+        assert [link.context.span_id for link in span.links] == [deduct.context.span_id]
+    world.holds()
+
+
+def test_unsettled_charges_are_measured(world: World) -> None:
+    """How many, and how old the oldest is; zero when there are none any more."""
+    world.bank.always["refund"] = LOST
+
+    async def main() -> None:
+        await world.serve()
+        await asyncio.sleep(100)
+        await world.biller.recover()
+        key = (("metered_billing.charge.state", "refunding"),)
+        assert world.metric("metered_billing.unsettled")[key] == 1
+        assert 90 < world.metric("metered_billing.unsettled.age")[key] <= 101
+        world.bank.always.clear()
+        await world.quiet()
+        await world.biller.recover()
+        assert world.metric("metered_billing.unsettled")[key].value == 0
+        await world.biller.drain(1.0)
+
+    world.run(main)
+
+
+def test_unusable_file_is_told_once(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """Not every ten seconds; and the requests go on."""
+    (world.directory / "journal").mkdir()
+    (world.directory / "journal" / "charges-0.db").write_bytes(b"a letter" * 100)
+
+    async def main() -> None:
+        await world.biller.start()
+        await asyncio.sleep(100)
+        await world.serve()
+        await world.quiet()
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    assert caplog.text.count("not a database") == 1
+    world.holds()
+
+
+@pytest.mark.parametrize("answer", [Refunded("r1"), None, "nonsense"])
+def test_backend_that_answers_nonsense_stands_in_nobodys_way(world: World, answer: Any) -> None:
+    """The charge is tried again; the others are settled meanwhile."""
+    due_refunds(world, 20, state=State.VOIDING)
+    real = world.bank.void
+
+    async def void(record: Record) -> Any:
+        return answer if record.id == "c00000" else await real(record)
+
+    world.bank.void = void  # type: ignore[method-assign]
+
+    async def main() -> None:
+        await world.biller.start()
+        await asyncio.sleep(20)
+        assert await world.inner.unsettled(0) == {"voiding": (1, 0.0)}
+        world.bank.void = real  # type: ignore[method-assign]
+        await world.quiet(30)
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    world.holds(GRANTED + 20)
+
+
+@pytest.mark.parametrize("kind", ["lose", "fail", "bug"])
+@pytest.mark.parametrize("state", [State.OPENED, State.REFUNDING])
+def test_record_that_cannot_be_written_stands_in_nobodys_way(world: World, kind: str, state: State) -> None:
+    """It is not tried again and again in one pass; all others are settled."""
+    due_refunds(world, 300, state=state)
+    real = world.journal.write
+    tried: list[float] = []
+
+    def write(before: Record, after: Record, *, durable: bool) -> Any:
+        async def refuse() -> bool:
+            if kind == "lose":
+                return False
+            raise JournalError("disk full") if kind == "fail" else ZeroDivisionError
+
+        if before.id == "c00000":
+            tried.append(world.time)
+            return refuse()
+        return real(before, after, durable=durable)
+
+    world.journal.write = write  # type: ignore[method-assign]
+
+    async def main() -> None:
+        await world.biller.start()
+        await asyncio.sleep(60)
+        assert await world.inner.unsettled(EPOCH) == {str(state): (1, 0.0)}
+        assert len(tried) < 20
+        world.journal.write = real  # type: ignore[method-assign]
+        await world.quiet(30)
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    world.holds(GRANTED + 300)
+
+
+def test_journal_that_cannot_be_read_is_loud_and_tried_again(
+    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recovery outlives it."""
+    due_refunds(world, 1)
+
+    async def due(*_: Any, **__: Any) -> Any:
+        raise JournalError("input/output error")
+
+    async def main() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(world.journal, "due", due)
+            await world.biller.start()
+            await asyncio.sleep(30)
+            with pytest.raises(JournalError):
+                await world.biller.recover()
+        await world.quiet(30)
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    assert 2 <= caplog.text.count("recovery failed") <= 5
+
+
+def test_wall_clock_that_stands_still_or_jumps_loses_nothing(world: World) -> None:
+    """Due times are wall time: what falls due between two looks is seen by the next."""
+    world.bank.faults["refund"] = [LOST] * 3
+    jumps = iter([0.0, 0.0, 3600.0, -3600.0] * 50)
+    clock = world.runtime.now
+    object.__setattr__(world.runtime, "now", lambda: clock() + next(jumps, 0.0))
+    served(world, within_s=3 * 3600)
+    world.holds()
+
+
+# Starting, draining, starting again.
+
+
+def test_drain_waits_for_requests_and_their_refunds(world: World) -> None:
+    """What ends in time is settled; recovery takes up nothing new meanwhile."""
+
+    async def three_seconds(charge: Charge) -> None:
+        await asyncio.sleep(3)
+
+    async def main() -> None:
+        request = asyncio.create_task(world.serve(route=three_seconds))
+        await asyncio.sleep(1)
+        await world.biller.drain(5.0)
+        assert 3 <= world.time < 4
+        assert request.done()
+        assert world.bank.balance == GRANTED - 8
+        assert world.bank.started == 0
+        with pytest.raises(JournalError, match="closed"):
+            world.inner.open(Record(id="x", account=ANN, amount_credits=1, units=1, opened_at=1))
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        await world.biller.drain(5.0)
+
+    world.run(main)
+
+
+@pytest.mark.parametrize("also", ["nothing", "a refund that has not begun"])
+def test_drain_that_runs_out_of_time_leaves_the_rest_to_the_next_start(world: World, also: str) -> None:
+    """It cancels what is under way, a task that has not begun too, and the next start refunds."""
+
+    async def main() -> None:
+        with striking(world, Accident("hang", "refund…")):
+            await world.serve()
+            await world.struck.wait()
+            began = world.time
+            if also != "nothing":
+                charge = await world.biller.deduct(ANN, Paid(10))
+                asyncio.get_running_loop().call_later(2.0 - 1e-7, world.biller.release, charge, Reported(8))
+            await world.biller.drain(2.0)
+            assert 1.9 < world.time - began < 2.1
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert not world.live
+        await world.biller.start()
+        await world.quiet()
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    world.holds()
+
+
+def test_drain_lets_a_round_of_recovery_finish_what_it_has_begun(world: World) -> None:
+    """And not the two hundred others."""
+    due_refunds(world, 200)
+    real = world.bank.refund
+
+    async def slow(record: Record) -> Any:
+        await asyncio.sleep(1)
+        return await real(record)
+
+    world.bank.refund = slow  # type: ignore[method-assign]
+
+    async def main() -> None:
+        await world.biller.start()
+        await asyncio.sleep(0.5)
+        await world.biller.drain(5.0)
+        assert world.time < 2
+        assert len(world.bank.refunds) == module.AT_ONCE
+
+    world.run(main)
+
+
+def test_drain_that_is_cancelled_closes_all_the_same(world: World) -> None:
+    """A second Ctrl-C: nothing is left running, and the lock is free."""
+
+    async def main() -> None:
+        await world.biller.start()
+        await world.biller.deduct(ANN, Paid(10))
+        drain = asyncio.create_task(world.biller.drain(100.0))
+        await asyncio.sleep(1)
+        drain.cancel()
+        await asyncio.wait({drain})
+        assert drain.cancelled()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert world.inner.owner == ""
+
+    world.run(main)
+
+
+def test_two_drains_at_once_are_one(world: World) -> None:
+    """A lifespan and a test that both close."""
+
+    async def main() -> None:
+        await world.serve()
+        await asyncio.gather(world.biller.drain(1.0), world.biller.drain(1.0))
+        assert world.bank.balance == GRANTED - 8
+
+    world.run(main)
+
+
+def test_concurrent_first_requests_start_once(world: World) -> None:
+    """One recovery, however many came first."""
+
+    async def main() -> None:
+        await asyncio.gather(*(world.serve(units=3) for _ in range(10)))
+        await settled()
+        assert [task.get_name() for task in asyncio.all_tasks()].count("metered-billing recovery") == 1
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    world.holds()
+
+
+@pytest.mark.parametrize("culprit", ["bank", "journal"])
+def test_start_that_fails_holds_nothing_and_can_be_repeated(
+    world: World, culprit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the credits nor the journal's lock."""
+
+    async def fail() -> None:
+        raise OSError("not today")
+
+    async def main() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(getattr(world, culprit), "start", fail, raising=False)
+            with pytest.raises(OSError, match="not today"):
+                await world.biller.start()
+        assert (world.bank.started, world.inner.owner) == (0, "")
+        await world.serve()
+        await world.quiet()
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    world.holds()
+
+
+def test_next_loop_takes_up_what_a_closed_one_left(world: World) -> None:
+    """What a test client without `with` does: a loop for each request, closed at once after it."""
+
+    async def main() -> None:
+        await world.serve()
+
+    for _ in range(3):
+        world.run(main)
+
+    async def last() -> None:
+        await world.biller.start()
+        await settled()
+        assert await world.inner.unsettled(0) == {}
+        await world.biller.drain(1.0)
+
+    world.run(last)
+    assert world.bank.balance == GRANTED - 24
+    world.holds()
+
+
+def test_loop_that_is_closed_without_a_word_is_taken_over(world: World) -> None:
+    """Its tasks never learn of it; what it was seeing to is swept by the next loop."""
+
+    async def main() -> None:
+        await world.biller.start()
+        await world.biller.deduct(ANN, Paid(10))
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await asyncio.sleep(0)
+        world.biller._settler._loops[asyncio.get_running_loop()] = module.LoopTasks(lambda: 0.0)
+
+    world.run(main)
+    assert len(world.live) == 1
+
+    async def later() -> None:
+        await world.biller.start()
+        await world.quiet()
+        assert not world.live
+        await world.biller.drain(1.0)
+
+    world.run(later)
+    assert world.bank.balance == GRANTED
+
+
+@pytest.mark.slow
+def test_two_loops_in_two_threads_serve_at_once(tmp_path: Path) -> None:
+    """Each with its own recovery, on one journal; the credits add up."""
+    bank = Bank(World(tmp_path / "unused"), balance=1_000)
+    biller = Biller(bank, SqliteJournal(tmp_path / "journal"), recover_every_s=0.05)
+    errors: list[BaseException] = []
+
+    async def requests() -> None:
+        await biller.start()
+        for _ in range(10):
+            charge = await biller.deduct(ANN, Paid(10))
+            await biller.conclude(charge, Reported(7))
+            biller.release(charge, Reported(7))
+            await asyncio.sleep(0.01)
+        await settled()
+        await biller.drain(5.0)
+
+    def thread() -> None:
+        try:
+            asyncio.run(requests())
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=thread) for _ in range(3)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert errors == []
+    assert bank.balance == 1_000 - 3 * 10 * 7
+
+
+def test_settled_waits_for_what_is_in_flight_and_for_nothing_else(world: World) -> None:
+    """A refund that waits for its next attempt does not count; a recovery that has not looked yet does."""
+    times: list[float] = []
+
+    async def main() -> None:
+        await settled()
+        world.bank.faults["refund"] = [LOST]
+        await world.serve()
+        assert world.biller._settler.busy
+        await settled()
+        times.append(world.time)
+        assert calls(world) == ["deduct", "refund"]
+        await world.quiet()
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    assert times[0] < 0.5
+
+
+def test_recovery_without_a_start_says_so(world: World) -> None:
+    """There is no journal to look through."""
+
+    async def main() -> None:
+        with pytest.raises(JournalError, match="closed"):
+            await world.biller.recover()
+        await world.inner.start()
+        assert await world.biller.recover() == 0
+        await world.inner.close()
+
+    world.run(main)
+
+
+def test_void_span_hangs_on_the_deduction(world: World) -> None:
+    """A void in the background is a span of its own, with a link."""
+    world.bank.faults["deduct"] = [UNHEARD]
+    served(world)
+    (deduct,), (void,) = world.spans(SPAN_DEDUCT), world.spans(SPAN_VOID)
+    assert deduct.context is not None
+    assert [link.context.span_id for link in void.links] == [deduct.context.span_id]
+    assert dict(void.attributes or {})["metered_billing.tries"] == 1
+    moved = world.metric("metered_billing.credits")
+    assert {attributes[0][1]: value for attributes, value in moved.items()} == {"voided": 10}

@@ -4,12 +4,16 @@ import asyncio
 import contextlib
 import gc
 import json
+import shutil
 import socket
+import ssl
 import struct
+import subprocess
 import time
 import warnings
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -89,8 +93,8 @@ class Server:
         return [request.key for request in self.requests]
 
     @contextlib.asynccontextmanager
-    async def running(self, port: int = 0) -> AsyncIterator["Server"]:
-        listening = await asyncio.start_server(self._accepted, "127.0.0.1", port)
+    async def running(self, port: int = 0, tls: ssl.SSLContext | None = None) -> AsyncIterator["Server"]:
+        listening = await asyncio.start_server(self._accepted, "127.0.0.1", port, ssl=tls)
         self.port = listening.sockets[0].getsockname()[1]
         try:
             yield self
@@ -250,6 +254,33 @@ class TestConnecting:
             credits_ = client(address(server.sockets[0], "https"), attempts=1)
 
             assert await credits_.deduct(record()) == NotSent("ConnectError")
+
+    @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate")
+    def test_certificate_of_ones_own(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An unknown certificate gets no request; one that SSL_CERT_FILE names does."""
+        cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+        make = "openssl req -x509 -nodes -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -subj /CN=127.0.0.1"
+        more = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
+        subprocess.run([*make.split(), *more], check=True, capture_output=True)
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        tls.load_cert_chain(cert, key)
+
+        async def ask() -> object:
+            async with Server(say_yes).running(tls=tls) as server:
+                answer = await client(server.url.replace("http", "https"), attempts=1).deduct(record())
+                return answer, len(server.requests)
+
+        # A loop of its own, for the server's end of a handshake that fails is an error to the loop.
+        assert asyncio.run(ask()) == (NotSent("ConnectError"), 0)
+        monkeypatch.setenv("SSL_CERT_FILE", str(cert))
+        assert asyncio.run(ask()) == (DEDUCTED, 1)
+
+    def test_certificate_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Certificates that cannot be read are an error at once, not at the first deduction."""
+        monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/cert.pem")
+
+        with pytest.raises(OSError, match="No such file"):
+            client("https://127.0.0.1")
 
     async def test_hang_in_the_tls_handshake(self) -> None:
         """Nor was anything sent to a server that never answers the greeting."""
@@ -538,6 +569,7 @@ class TestLoops:
             assert await credits_.deduct(record()) == DEDUCTED
             await credits_._loops[asyncio.get_running_loop()].aclose()
 
+            assert await credits_.deduct(record()) == DEDUCTED
             assert await credits_.deduct(record()) == DEDUCTED
             assert server.connections == 2
 

@@ -88,6 +88,7 @@ class HttpCredits:
 
     Raises:
         ValueError: The URL, the token or a number cannot be right; its text never shows the token.
+        OSError: The certificates that the environment names cannot be read.
     """
 
     def __init__(
@@ -115,8 +116,8 @@ class HttpCredits:
         self._attempt_timeout_s = attempt_timeout_s
         self._contract = contract or Contract()
         self._transport = transport
-        # Made once: with certificates it takes 40 ms.
-        self._tls = httpx.create_ssl_context(verify=self._url.scheme == "https", trust_env=False)
+        # Made once, for with certificates it takes 40 ms; those of SSL_CERT_FILE or SSL_CERT_DIR, where it is set.
+        self._tls = httpx.create_ssl_context(verify=self._url.scheme == "https")
         self._max_connections = max_connections
         self._runtime = runtime or Runtime()
         self._telemetry = telemetry or Telemetry()
@@ -319,8 +320,8 @@ class HttpCredits:
     def _new_transport(self) -> httpx.AsyncBaseTransport:
         if self._transport is not None:
             return Lent(self._transport)
-        # Without the environment's proxies: nobody's credits go through whatever is set for other purposes.
-        return httpx.AsyncHTTPTransport(verify=self._tls, trust_env=False, limits=httpx.Limits(max_connections=1))
+        # Unlike httpx's client, its transport asks no proxy of the environment: those are set for other purposes.
+        return httpx.AsyncHTTPTransport(verify=self._tls, limits=httpx.Limits(max_connections=1))
 
     # What it means, and whether to try again.
 

@@ -68,6 +68,58 @@ def shown(answer: httpx.Response) -> str:
     return "\n".join([*head, "", text, ""])
 
 
+APP, OTHER = "app-token", "other-tenants-token"
+
+
+async def test_errors_come_in_the_order_of_the_page(tmp_path: Path) -> None:
+    """Of two that apply to a request, the one that is listed first is the answer."""
+    ledger = Ledger(tmp_path / "credits.db")
+    tokens = Tokens({"admin-token": "admin", APP: "*", OTHER: "tenant:other"})
+    transport = httpx.ASGITransport(create_app(ledger, tokens, max_body_bytes=1000))
+    order = [code(row[2])[0] for row in table(Page(PAGE), "Errors")]
+    seen: list[str] = []
+    async with httpx.AsyncClient(transport=transport, base_url="http://credits") as client:
+
+        async def ask(path: str, body: object, key: str | None = "k", token: str = APP, method: str = "POST") -> str:
+            """The name of the problem, or an empty text."""
+            headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+            if key is not None:
+                headers["Idempotency-Key"] = key
+            content = body if isinstance(body, bytes) else json.dumps(body).encode()
+            answer = await client.request(method, path, content=content, headers=headers)
+            name = str(answer.json().get("type", "")).removeprefix("urn:metered-billing:")
+            seen.append(name)
+            return name
+
+        grant = {"tenant_id": "acme", "amount": 10, "reason": "test"}
+        await ask("/v1/grants", grant, "grant", "admin-token")
+        await ask("/v1/deductions", {"tenant_id": "acme", "amount": 5}, "done")
+        await ask("/v1/deductions", {"tenant_id": "acme", "amount": 2}, "voided")
+        await ask("/v1/voids", {"tenant_id": "acme", "idempotency_key": "voided"}, None)
+        page = (await client.get("/v1/transactions?tenant_id=acme", headers={"Authorization": f"Bearer {APP}"})).json()
+        voided = page["items"][0]["transaction_id"]
+        done = page["items"][-2]["transaction_id"]
+        assert seen == ["", "", "", ""]
+        seen.clear()
+        huge = {"tenant_id": "acme", "amount": 1, "reason": "x" * 2000}
+        refund = {"amount": 100, "reason": "test"}
+        await ask("/v1/deductions", huge, token="unknown")
+        await ask("/v1/nothing", huge)
+        await ask("/v1/nothing", {}, method="PUT")
+        await ask("/v1/deductions", b"{", method="PUT")
+        await ask("/v1/deductions", b"{", key=None)
+        await ask("/v1/deductions", {"tenant_id": "acme", "amount": 0}, token=OTHER)
+        await ask("/v1/deductions", {"tenant_id": "acme", "amount": 9}, "done", token=OTHER)
+        await ask(f"/v1/deductions/{done}/refunds", refund, "done", token=OTHER)
+        await ask(f"/v1/deductions/{voided}/refunds", refund, "done")
+        await ask(f"/v1/deductions/{voided}/refunds", refund)
+        await ask("/v1/deductions", {"tenant_id": "acme", "amount": 99}, "new")
+        await ask(f"/v1/deductions/{done}/refunds", refund)
+        await ask("/v1/grants", {**grant, "amount": 2**53 - 1}, token="admin-token")
+    assert seen == order[: len(seen)]
+    await ledger.close()
+
+
 def test_every_error_is_on_the_page() -> None:
     """With its status; and none that there is not."""
     rows = table(Page(PAGE), "Errors")

@@ -804,7 +804,7 @@ class TestBreaker:
 
         assert await credits_.deduct(record()) == Unknown("ReadTimeout; then circuit open", retry_after_s=10.0)
 
-    @pytest.mark.parametrize("status", [200, 402, 404, 409, 422, 429, 401])
+    @pytest.mark.parametrize("status", [200, 401, 402, 404, 409, 422, 429, 501])
     async def test_answers_are_no_failures(self, client: Client, refunds: respx.Route, status: int) -> None:
         """A service that answers is there, whatever it answers: a poor customer does not shut out others."""
         credits_ = client(breaker_failures=2)

@@ -254,7 +254,8 @@ class HttpCredits:
         try:
             outcome = await self._attempt(call, timeout_s, operation, resend)
             if isinstance(outcome, Reply):
-                failed = outcome.status >= 500
+                # 501 is an answer: a service without voids gives it to every void.
+                failed = outcome.status >= 500 and outcome.status != 501
             elif outcome.reason != "PoolTimeout":  # our own crowd, not the service's fault
                 failed = True
             return outcome

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,10 +34,18 @@ def test_every_example_is_on_a_page() -> None:
     assert {f"docs/examples/{file.name}" for file in EXAMPLES.glob("*.py")} <= shown
 
 
-WITH_COMMANDS = [path for path in PAGES if any(block.language == "console" for block in Page(path).blocks)]
+def pages_with_commands() -> list[Any]:
+    found = []
+    for path in PAGES:
+        text = "".join(block.text for block in Page(path).blocks if block.language == "console")
+        starts_processes = re.search(r"^\$ (python|pytest) ", text, flags=re.M)
+        if text:
+            marks = [pytest.mark.slow] if starts_processes else []
+            found.append(pytest.param(path, id=str(path.relative_to(ROOT)), marks=marks))
+    return found
 
 
-@pytest.mark.parametrize("path", WITH_COMMANDS, ids=names(WITH_COMMANDS))
+@pytest.mark.parametrize("path", pages_with_commands())
 def test_commands_on_a_page_print_what_it_shows(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -421,7 +421,11 @@ def test_bug_before_the_route_is_recovered(world: World, broken: str, monkeypatc
 def test_operations_are_told(world: World, caplog: pytest.LogCaptureFixture) -> None:
     """One refunded request: its spans, what they hang on, and the credits counted."""
     caplog.set_level("INFO", logger="metered_billing")
-    charge = outcome(world, conclude(world, Reported(8, ("a",))), release(world, Reported(8)))
+
+    async def note(charge: Charge) -> None:
+        charge.note("metered_billing.outcomes_mismatch", "9 of 10")
+
+    charge = outcome(world, note, conclude(world, Reported(8, ("a",))), release(world, Reported(8)))
     (whole,), (deduct,), (refund,) = (world.spans(name) for name in (SPAN_CHARGE, SPAN_DEDUCT, SPAN_REFUND))
     assert whole.context is not None
     assert deduct.context is not None
@@ -435,6 +439,7 @@ def test_operations_are_told(world: World, caplog: pytest.LogCaptureFixture) -> 
         ("metered_billing.kept", 8),
         ("metered_billing.refunded", 2),
         ("metered_billing.outcome", "refunding"),
+        ("metered_billing.outcomes_mismatch", "9 of 10"),
         ("metered_billing.transaction.id", charge.transaction_id),
     }
     moved = world.metric("metered_billing.credits")

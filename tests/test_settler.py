@@ -746,12 +746,15 @@ def test_settled_waits_for_what_is_in_flight_and_for_nothing_else(world: World) 
 
 
 def test_recovery_without_a_start_says_so(world: World) -> None:
-    """There is no journal to look through."""
+    """There is no journal to look through; with one, what is due is tried, once."""
+    due_refunds(world, 1)
+    world.bank.always["refund"] = LOST
 
     async def main() -> None:
         with pytest.raises(JournalError, match="closed"):
             await world.biller.recover()
         await world.inner.start()
+        assert await world.biller.recover() == 1
         assert await world.biller.recover() == 0
         await world.inner.close()
 
@@ -768,3 +771,30 @@ def test_void_span_hangs_on_the_deduction(world: World) -> None:
     assert dict(void.attributes or {})["metered_billing.tries"] == 1
     moved = world.metric("metered_billing.credits")
     assert {attributes[0][1]: value for attributes, value in moved.items()} == {"voided": 10}
+
+
+def test_bug_in_the_background_is_told_and_recovered(
+    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No task dies in silence, and none keeps recovery from its charge."""
+
+    def write(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError
+
+    world.bank.faults["deduct"] = [UNHEARD]
+
+    async def main() -> None:
+        await world.biller.start()
+        with monkeypatch.context() as patch:
+            patch.setattr(world.journal, "write", write, raising=False)
+            with pytest.raises(BillingError):
+                await world.serve()
+            await settled()
+        assert "ZeroDivisionError" in caplog.text
+        assert not world.live
+        await world.quiet()
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    world.holds()
+    assert world.bank.balance == GRANTED

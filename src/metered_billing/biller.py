@@ -362,10 +362,9 @@ class Biller:
                     names.OUTCOME: outcome,
                     names.KEPT: record.kept_credits,
                     names.REFUNDED: record.refund_credits,
+                    names.TRANSACTION_ID: record.transaction_id or "",
                 }
             )
-            if record.transaction_id is not None:
-                span.set_attribute(names.TRANSACTION_ID, record.transaction_id)
             span.end()
 
 

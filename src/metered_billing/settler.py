@@ -440,11 +440,9 @@ class Settler:
                 wait_s, reachable = self._recover_every_s, True
                 now = self._runtime.now()
                 try:
-                    if self._runtime.monotonic() - looked_at >= self._recover_every_s:
-                        looked_at = self._runtime.monotonic()
-                        _, reachable = await self._look_through(now)
-                    else:
-                        _, reachable = await self._recover_due(now)
+                    whole = self._runtime.monotonic() - looked_at >= self._recover_every_s
+                    looked_at = self._runtime.monotonic() if whole else looked_at
+                    _, reachable = await (self._look_through(now) if whole else self._recover_due(now))
                     due = await self._journal.next_due(now)
                     if due is not None:
                         wait_s = min(due - self._runtime.now(), wait_s)

@@ -650,6 +650,33 @@ def test_start_that_fails_holds_nothing_and_can_be_repeated(
     world.holds()
 
 
+def test_start_that_fails_does_not_close_what_another_has_started(world: World) -> None:
+    """Of two first requests at once one fails: the other is served, and so are those after it."""
+    real = world.bank.start
+    first = True
+
+    async def start() -> None:
+        nonlocal first
+        mine, first = first, False
+        await asyncio.sleep(1.0)
+        if mine:
+            raise OSError("not today")
+        await real()
+
+    world.bank.start = start  # type: ignore[method-assign]
+
+    async def main() -> None:
+        failed, served = await asyncio.gather(world.serve(), world.serve(), return_exceptions=True)
+        assert isinstance(failed, OSError)
+        assert isinstance(served, Charge)
+        await world.serve()
+        await world.quiet()
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    assert world.bank.balance == GRANTED - 16
+
+
 def test_next_loop_takes_up_what_a_closed_one_left(world: World) -> None:
     """What a test client without `with` does: a loop for each request, closed at once after it."""
 

@@ -85,7 +85,8 @@ class Settler:
         self._recover_every_s = recover_every_s
         # Charges that somebody here is seeing to, and on which loop; recovery leaves them alone.
         self._live: dict[str, asyncio.AbstractEventLoop] = {}
-        self._claiming = threading.Lock()
+        self._lock = threading.Lock()
+        self._starting = 0
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopTasks] = weakref.WeakKeyDictionary()
         self._reported: dict[str, str] = {}
         _SETTLERS.add(self)
@@ -102,12 +103,16 @@ class Settler:
         loop = asyncio.get_running_loop()
         if loop in self._loops:
             return
+        with self._lock:
+            self._starting += 1
         try:
             await self._credits.start()
             await self._journal.start()
         except BaseException:
+            self._started()
             await self._close()
             raise
+        self._started()
         if loop in self._loops:  # a concurrent first request was faster
             return
         for other in [other for other in list(self._loops) if other.is_closed()]:
@@ -139,11 +144,16 @@ class Settler:
             await here.end()
             await self._close()
 
+    def _started(self) -> None:
+        with self._lock:
+            self._starting -= 1
+
     async def _close(self) -> None:
         try:
             await self._credits.aclose()
         finally:
-            if all(other.is_closed() for other in list(self._loops)):
+            # Whoever is starting counts on the journal that it has just found open.
+            if self._starting == 0 and all(other.is_closed() for other in list(self._loops)):
                 await self._journal.close()
 
     @property
@@ -385,7 +395,7 @@ class Settler:
 
     def _claim(self, records: list[Record], loop: asyncio.AbstractEventLoop) -> list[Record]:
         """See to those that nobody has taken up since they were read, here or on another loop."""
-        with self._claiming:
+        with self._lock:
             mine = [record for record in records if record.id not in self._live]
             self._live.update((record.id, loop) for record in mine)
         return mine

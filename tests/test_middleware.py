@@ -505,7 +505,6 @@ async def test_reader_of_ours_that_raises_keeps_the_charge_for_a_person(
     def broken(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr("metered_billing.middleware.by_status", broken)
     monkeypatch.setattr("metered_billing.outcomes.bodies.BodyReader.finish", broken)
     response = await post(app_with(bench, ten(JSONResponse({"results": statuses(8, 2)}))))
     assert (response.status_code, response.headers["credits-refunded"]) == (200, "0")
@@ -909,3 +908,37 @@ async def test_error_that_is_streamed_tells_its_refund_at_once(bench: Stand) -> 
     response = await post(app_with(bench, ten(StreamingResponse(iter(["no"]), 500))))
     assert (response.status_code, response.headers["credits-refunded"]) == (500, "10")
     assert await bench.moves() == [("deduction", -10), ("refund", 10)]
+
+
+async def test_stream_that_is_left_under_keep_counts_what_the_apps_own_reader_said(bench: Stand) -> None:
+    """What was done is paid for, and what the reader says was done."""
+
+    async def forever() -> AsyncIterator[str]:
+        while True:
+            yield "x"
+            await asyncio.sleep(0)
+
+    response = StreamingResponse(forever(), media_type="text/csv")
+    app = app_with(bench, ten(response, on_disconnect="keep", outcomes=lambda returned: 7))
+    async with lifespan(app):
+        connection = Connection(app, "/work")
+        asyncio.get_running_loop().call_later(0.05, connection.leave)
+        await connection.run()
+    assert await bench.moves() == [("deduction", -10), ("refund", 3)]
+
+
+async def test_units_that_the_route_said_have_failed_are_no_mismatch(
+    bench: Stand, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stream of fewer tokens than were paid for is none, where the route said how many fewer."""
+
+    async def tokens() -> AsyncIterator[str]:
+        for _ in range(3):
+            yield 'data: {"status": "ok"}\n\n'
+        current_charge().fail(units=7)
+
+    response = StreamingResponse(tokens(), media_type="text/event-stream")
+    with caplog.at_level(logging.WARNING, "metered_billing"):
+        await post(app_with(bench, ten(response)))
+    assert await bench.moves() == [("deduction", -10), ("refund", 7)]
+    assert "mismatch" not in caplog.text

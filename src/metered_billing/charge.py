@@ -332,10 +332,7 @@ class AlreadyVoided(Event):
     def changes(self, record: Record) -> dict[str, Any]:
         if record.refund_credits == record.amount_credits:
             return {}
-        return {
-            "refund_credits": record.amount_credits,
-            "reason": f"{record.refund_credits} credits were to be refunded, but all had been voided already",
-        }
+        return {"reason": f"{record.refund_credits} credits were to be refunded, but all had been voided already"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,8 +84,9 @@ class InsufficientCredits(BillingError):
         self.balance = balance
         self.shortfall = None if balance is None else max(required - balance, 0)
         has = "fewer" if balance is None else str(balance)
+        credits_ = "1 credit" if required == 1 else f"{required} credits"
         super().__init__(
-            f"This request costs {required} credits and the account has {has}. Nothing was charged.",
+            f"This request costs {credits_} and the account has {has}. Nothing was charged.",
             required=required,
             balance=balance,
             shortfall=self.shortfall,

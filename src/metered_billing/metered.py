@@ -34,6 +34,11 @@ from metered_billing.outcomes import Paid, compile_path, cost_of, from_returned
 from metered_billing.problems import answer
 from metered_billing.routes import METERED, METERED_BY
 
+Units = int | Mapping[str, int] | Mapping[int, int]
+Cost = int | Callable[..., Units | Awaitable[Units]]
+Price = int | Callable[..., int | Awaitable[int]]
+Payer = Callable[..., Account | Awaitable[Account | None] | None]
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -49,11 +54,11 @@ class Decorator(Protocol):
 
 
 def metered(
-    cost: int | Callable[..., Any],
+    cost: Cost,
     *,
-    price: int | Callable[..., Any] = 1,
+    price: Price = 1,
     outcomes: str | Callable[..., Any] | None = None,
-    account: Callable[..., Any] | None = None,
+    account: Payer | None = None,
     max_units: int = 100_000,
     on_disconnect: OnDisconnect | None = None,
     on_unavailable: OnUnavailable | None = None,

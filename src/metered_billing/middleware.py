@@ -24,7 +24,7 @@ from metered_billing.outcomes import (
     Outcome,
     Reader,
     Report,
-    by_status,
+    StatusReader,
     count,
     none_kept,
     reader_for,
@@ -358,8 +358,10 @@ class Exchange:
             return self._refund_all(f"exception {type(error).__name__}")
         # Starlette cancels the iterator of a client that has left, and returns.
         if self._on_disconnect == "keep" and 200 <= self._status < 400 and not self._broken:
-            outcome = by_status(self._status, charge.paid, charge.said)
-            return Reported(outcome.kept_units * charge.paid.price, outcome.failed_items)
+            if self.report is None and self.raised is None:
+                # What its body would have reported was never sent: its status has to do.
+                self._reader = StatusReader(self._status, charge.paid)
+            return self._outcome(charge)
         return self._refund_all("the client left before the answer")
 
 

@@ -165,10 +165,12 @@ class _NumberTally:
     ) -> Outcome:
         units = self._paid.units
         missing = max(units - self.reported, 0)
+        # A stream of fewer tokens than were paid for is none, where the route said how many fewer.
+        unexplained = missing > said.units
         mismatch = []
-        if missing and early:
+        if unexplained and early:
             mismatch.append(_ENDED_EARLY)
-        elif self.reported > units or (missing and unreadable is None):
+        elif self.reported > units or (unexplained and unreadable is None):
             mismatch.append(_paid_and_reported(units, self.reported))
         if unreadable is not None and not early:
             missing = 0

@@ -37,7 +37,7 @@ demo: $(VENV)/.demo ## Run the main job: a credits service, an app, real picture
 	@$(BIN)/python -m examples.fastapi_app.run
 
 test: $(VENV)/.dev $(VENV)/.demo check ## All checks and all tests but the long simulations
-	$(BIN)/python -m pytest -n auto --cov --cov-report=term
+	$(BIN)/python -m pytest -n auto --dist loadgroup --cov --cov-report=term
 	@# Where money is decided, every branch has a test.
 	$(BIN)/coverage report --fail-under=100 --include='*/charge.py,*/outcomes/*,*/biller.py,*/settler.py,*/metered.py,*/middleware.py'
 

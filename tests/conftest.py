@@ -19,3 +19,8 @@ async def bench(tmp_path: Path) -> AsyncIterator[Stand]:
     """Credits, a journal and telemetry to try an app on."""
     async with stand(tmp_path) as bench:
         yield bench
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones first, so that no worker begins one when the others are done."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -28,6 +28,9 @@ from .running import Demo, alive, eventually
 
 pytestmark = pytest.mark.slow
 
+one_demo = pytest.mark.xdist_group("demo")
+"""Tests that share a demo, and so a worker."""
+
 STUB = {"METERED_BILLING_DEMO_CUTOUT": "stub"}
 
 Start = Callable[..., Demo]
@@ -105,6 +108,7 @@ def test_demo_curl_lines_show_a_partial_refund_and_a_402(start: Start) -> None:
         assert line in printed
 
 
+@one_demo
 def test_demo_pictures_and_account_are_served(demo: Demo) -> None:
     """What the page needs is there: the page, the sample request, the results, the account."""
     with httpx.Client(base_url=f"http://127.0.0.1:{demo.port}", trust_env=False) as app:
@@ -120,11 +124,22 @@ def test_demo_pictures_and_account_are_served(demo: Demo) -> None:
         assert Image.open(io.BytesIO(image.content)).mode == "RGBA"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_demo_stopped_leaves_nothing_behind(start: Start, number: int) -> None:
-    """Ctrl-C and SIGTERM stop both processes, quietly, with exit code 0 and free ports."""
+def test_demo_kept_files_go_on_and_a_stop_leaves_nothing_behind(start: Start) -> None:
+    """With KEEP=1 the accounts are as they were left; SIGTERM and Ctrl-C both stop everything, quietly."""
     demo = start(**STUB)
     demo.up()
+    demo.post("/create-products", ten_tiny_pictures())
+    eventually(lambda: demo.balance() == 92, 10, "alice has 92")
+    stops_and_leaves_nothing(demo, signal.SIGTERM)
+    demo.settings["KEEP"] = "1"
+    demo.start()
+    demo.up()
+    assert demo.balance() == 92
+    stops_and_leaves_nothing(demo, signal.SIGINT)
+
+
+def stops_and_leaves_nothing(demo: Demo, number: int) -> None:
+    """Exit code 0, no process, no traceback, and free ports."""
     pids = [demo.pid("app"), demo.pid("credits")]
     assert all(alive(pid) for pid in pids)
     assert demo.stop(number) == 0
@@ -148,18 +163,11 @@ def test_demo_stopped_while_starting_leaves_nothing_behind(start: Start) -> None
     assert "Traceback" not in demo.output.read_text()
 
 
-def test_demo_killed_takes_its_processes_along(start: Start) -> None:
-    """Even kill -9 of the demo itself leaves no orphans."""
-    demo = start(**STUB)
-    demo.up()
-    pids = [demo.pid("app"), demo.pid("credits")]
-    demo.process.kill()
-    demo.process.wait()
-    eventually(lambda: not any(alive(pid) for pid in pids), 20, "its processes are gone")
+def test_demo_killed_at_work_gives_all_back(start: Start) -> None:
+    """kill -9 of the app while it works on 10 pictures: the balance is where it was within 30 s.
 
-
-def test_demo_app_killed_at_work_gives_all_back(start: Start) -> None:
-    """kill -9 of the app while it works on 10 pictures: the balance is where it was within 30 s."""
+    And kill -9 of the demo itself leaves no orphans.
+    """
     demo = start(**STUB, METERED_BILLING_DEMO_DELAY_S="0.4")
     demo.up()
     lost: list[Exception] = []
@@ -178,8 +186,13 @@ def test_demo_app_killed_at_work_gives_all_back(start: Start) -> None:
     assert lost
     eventually(lambda: demo.balance() == 100, 30, "alice has 100 again")
     assert sorted(entry["amount"] for entry in demo.transactions()) == [-10, 10, 100]
+    pids = [demo.pid("app"), demo.pid("credits")]
+    demo.process.kill()
+    demo.process.wait()
+    eventually(lambda: not any(alive(pid) for pid in pids), 20, "its processes are gone")
 
 
+@one_demo
 def test_demo_credits_service_killed_comes_back_with_its_books(demo: Demo) -> None:
     """kill -9 of the credits service: started again, it goes on where it was."""
     demo.calm(ten_tiny_pictures())
@@ -191,6 +204,7 @@ def test_demo_credits_service_killed_comes_back_with_its_books(demo: Demo) -> No
     eventually(lambda: demo.balance() == before - 16, 30, "8 more are paid")
 
 
+@one_demo
 def test_demo_credits_service_gone_is_503_and_then_at_once(demo: Demo) -> None:
     """Without the service: 503 with Retry-After within 6 s; once the circuit is open, within 50 ms."""
     demo.calm(ten_tiny_pictures())
@@ -219,6 +233,7 @@ def test_demo_credits_service_gone_is_503_and_then_at_once(demo: Demo) -> None:
     eventually(lambda: demo.balance() == before - 8, 30, "only what was answered with 200 is paid for")
 
 
+@one_demo
 def test_demo_credits_service_hung_takes_nothing(demo: Demo) -> None:
     """A service that takes the call and never answers: 503 within 6 s, and whatever it did is undone later."""
     demo.calm(ten_tiny_pictures())
@@ -236,19 +251,6 @@ def test_demo_credits_service_hung_takes_nothing(demo: Demo) -> None:
     app_log = demo.folder / ".demo" / "app.log"
     eventually(lambda: "credits.voided" in app_log.read_text(), 30, "the void")
     assert demo.balance() == before
-
-
-def test_demo_kept_files_go_on_and_grant_nothing_again(start: Start) -> None:
-    """With KEEP=1 the accounts are as they were left."""
-    demo = start(**STUB)
-    demo.up()
-    demo.post("/create-products", ten_tiny_pictures())
-    eventually(lambda: demo.balance() == 92, 10, "alice has 92")
-    demo.stop()
-    demo.settings["KEEP"] = "1"
-    demo.start()
-    demo.up()
-    assert demo.balance() == 92
 
 
 def test_prepare_files_of_the_last_run_are_gone_unless_kept(tmp_path: Path) -> None:
@@ -282,6 +284,7 @@ def test_demo_impossible_port_is_a_clear_sentence(start: Start, port: str) -> No
     assert f"PORT={port} is not a port" in demo.output.read_text()
 
 
+@one_demo
 def test_demo_second_one_in_the_same_directory_is_refused(demo: Demo) -> None:
     """It would delete the first one's files."""
     second = Demo(demo.folder, **STUB)
@@ -290,6 +293,7 @@ def test_demo_second_one_in_the_same_directory_is_refused(demo: Demo) -> None:
     assert demo.balance("poor") == 3
 
 
+@one_demo
 def test_demo_500_requests_at_64_leave_books_that_add_up(demo: Demo) -> None:
     """deducted = kept + refunded, to the credit, and as the responses said."""
     demo.calm(ten_tiny_pictures())

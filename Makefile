@@ -48,7 +48,7 @@ check: $(VENV)/.dev ## Lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy examples tests docs/examples
+	$(BIN)/mypy examples tests docs/examples docs/make_charge.py
 
 format: $(VENV)/.dev ## Put the code in order
 	$(BIN)/ruff check --fix .

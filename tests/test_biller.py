@@ -36,9 +36,9 @@ PATHS: dict[str, tuple[Callable[[Bank], None], list[str]]] = {
         ["open", "deduct", "opened-voiding", "void", "voiding-voiding", "voiding-voided"],
     ),
     "not sent": (lambda bank: bank.faults.update(deduct=[NOT_SENT]), ["open", "deduct", "opened-abandoned"]),
-    "declined": (lambda bank: setattr(bank, "balance", 5), ["open", "deduct", "opened-declined"]),
+    "declined": (lambda bank: bank.__dict__.update(balance=5), ["open", "deduct", "opened-declined"]),
     "no voids": (
-        lambda bank: (setattr(bank, "has_voids", False), bank.faults.update(deduct=[UNHEARD]))[0],
+        lambda bank: bank.__dict__.update(has_voids=False, faults={**bank.faults, "deduct": [UNHEARD]}),
         ["open", "deduct", "opened-voiding", "void", "voiding-refunding", "refund", "refunding-settled"],
     ),
     "refund unheard": (

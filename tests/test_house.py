@@ -15,7 +15,7 @@ FLOORS = [
     {"charge", "runtime"},
     {"errors", "outcomes", "choosing", "sqlite", "routes"},
     {"telemetry", "ledger", "journal", "credits"},
-    {"settings", "settler", "problems"},
+    {"settings", "loops", "settler", "problems"},
     {"biller"},
     {"middleware"},
     {"metered"},

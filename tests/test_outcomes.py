@@ -59,7 +59,7 @@ def read(
 ) -> Outcome:
     """The outcome of this response, read in chunks of so many bytes."""
     sent = body if isinstance(body, bytes) else json.dumps(body).encode()
-    reader = reader_for(status, content_type, encoding, path and compile_path(path), paid, limit)
+    reader = reader_for(status, content_type, encoding, compile_path(path) if path else None, paid, limit)
     for start in range(0, len(sent), chunk or max(len(sent), 1)):
         reader.feed(sent[start : start + (chunk or len(sent))])
     return reader.finish(said or Said(paid), complete=complete)
@@ -1137,7 +1137,7 @@ def check(outcome: Outcome, paid: Paid) -> None:
 
 def read_cut(body: bytes, sizes: list[int], *args: Any, complete: bool) -> Outcome:
     status, content_type, encoding, path, paid, limit = args
-    reader = reader_for(status, content_type, encoding, path and compile_path(path), paid, limit)
+    reader = reader_for(status, content_type, encoding, compile_path(path) if path else None, paid, limit)
     for chunk in cut(body, list(sizes)):
         reader.feed(chunk)
     return reader.finish(Said(paid), complete=complete)

@@ -26,6 +26,7 @@ from metered_billing.charge import (
 from metered_billing.errors import BillingError
 from metered_billing.journal import JournalError
 from metered_billing.journal.sqlite import SqliteJournal
+from metered_billing.loops import LoopTasks
 from metered_billing.outcomes import Paid
 from metered_billing.settler import settled
 from metered_billing.telemetry import SPAN_DEDUCT, SPAN_RECOVER, SPAN_REFUND, SPAN_VOID
@@ -265,6 +266,24 @@ def test_look_up_without_an_answer_is_repeated(world: World) -> None:
     served(world)
     assert calls(world).count("deduct") == 2
     assert calls(world).count("find") == 3
+
+
+def test_without_voids_an_unreachable_service_ends_the_round_too(world: World) -> None:
+    """A resend that was not sent says that nothing can be: the other charges are not tried in vain."""
+    due_refunds(world, 200, state=State.VOIDING)
+    world.bank.has_voids = False
+    world.bank.always["deduct"] = NOT_SENT
+
+    async def main() -> None:
+        await world.biller.start()
+        await settled()
+        assert calls(world).count("deduct") == module.AT_ONCE
+        world.bank.always.clear()
+        await world.quiet()
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    world.holds(GRANTED + 200)
 
 
 # An unreachable service.
@@ -652,18 +671,19 @@ def test_start_that_fails_holds_nothing_and_can_be_repeated(
 
 def test_start_that_fails_does_not_close_what_another_has_started(world: World) -> None:
     """Of two first requests at once one fails: the other is served, and so are those after it."""
-    real = world.bank.start
-    first = True
+    real = world.journal.inner.start
+    starts = 0
 
     async def start() -> None:
-        nonlocal first
-        mine, first = first, False
-        await asyncio.sleep(1.0)
-        if mine:
+        nonlocal starts
+        starts += 1
+        if starts == 1:
+            await asyncio.sleep(1.0)
             raise OSError("not today")
         await real()
+        await asyncio.sleep(2.0)  # open already, and about to go on
 
-    world.bank.start = start  # type: ignore[method-assign]
+    world.journal.start = start  # type: ignore[attr-defined]
 
     async def main() -> None:
         failed, served = await asyncio.gather(world.serve(), world.serve(), return_exceptions=True)
@@ -675,6 +695,30 @@ def test_start_that_fails_does_not_close_what_another_has_started(world: World) 
 
     world.run(main)
     assert world.bank.balance == GRANTED - 16
+
+
+def test_outcome_of_a_request_that_was_cancelled_is_synced_before_its_refund(world: World) -> None:
+    """A power loss must not undo the record of a refund that is out; the other steps may be repeated."""
+    written: list[tuple[str, bool]] = []
+    real = world.inner.write
+
+    def write(before: Record, after: Record, *, durable: bool) -> Any:
+        written.append((f"{before.state}-{after.state}", durable))
+        return real(before, after, durable=durable)
+
+    world.inner.write = write  # type: ignore[method-assign]
+
+    async def main() -> None:
+        await world.biller.start()
+        world.request = asyncio.create_task(world.serve())
+        await asyncio.wait({world.request})
+        assert world.request.cancelled()
+        await world.quiet()
+        await world.biller.drain(1.0)
+
+    with striking(world, Accident("cancel", "…opened-deducted")):
+        world.run(main)
+    assert written == [("opened-deducted", False), ("deducted-refunding", True), ("refunding-settled", False)]
 
 
 def test_next_loop_takes_up_what_a_closed_one_left(world: World) -> None:
@@ -706,7 +750,7 @@ def test_loop_that_is_closed_without_a_word_is_taken_over(world: World) -> None:
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
         await asyncio.sleep(0)
-        world.biller._settler._loops[asyncio.get_running_loop()] = module.LoopTasks(lambda: 0.0)
+        world.biller._settler._loops[asyncio.get_running_loop()] = LoopTasks(lambda: 0.0)
 
     world.run(main)
     assert len(world.live) == 1

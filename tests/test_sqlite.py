@@ -83,7 +83,7 @@ async def test_operation_that_raises_is_rolled_back_alone(file: SqliteFile) -> N
         raise ValueError("no")
 
     async with Held(file):
-        futures = [file.run(note(1)), file.run(half), file.run(note(2)), file.run(note(1))]
+        futures: list[Any] = [file.run(note(1)), file.run(half), file.run(note(2)), file.run(note(1))]
     results = await asyncio.gather(*futures, return_exceptions=True)
     assert [type(result) for result in results] == [int, ValueError, int, sqlite3.IntegrityError]
     assert await file.run(notes) == [1, 2]
@@ -213,7 +213,7 @@ async def test_full_database_refuses_the_write_and_keeps_the_rest(file: SqliteFi
 
     await file.run(bound)
     async with Held(file):
-        futures = [file.run(note(1)), file.run(big), file.run(note(2))]
+        futures: list[Any] = [file.run(note(1)), file.run(big), file.run(note(2))]
     results = await asyncio.gather(*futures, return_exceptions=True)
     assert isinstance(results[1], sqlite3.OperationalError)
     assert "full" in str(results[1])
@@ -281,9 +281,13 @@ async def test_operations_that_wait_share_one_commit(file: SqliteFile) -> None:
 async def test_operations_run_in_the_order_of_the_calls(file: SqliteFile) -> None:
     """First come, first served, within a commit and across them."""
     order: list[int] = []
+
+    def noting(number: int) -> Callable[[sqlite3.Connection], None]:
+        return lambda _: order.append(number)
+
     async with Held(file):
-        first = [file.run(lambda _, n=n: order.append(n)) for n in range(20)]
-    second = [file.run(lambda _, n=n: order.append(n)) for n in range(20, 40)]
+        first = [file.run(noting(number)) for number in range(20)]
+    second = [file.run(noting(number)) for number in range(20, 40)]
     await asyncio.gather(*first, *second)
     assert order == list(range(40))
     await file.close()

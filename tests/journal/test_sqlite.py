@@ -102,7 +102,7 @@ async def test_outcome_on_record_is_never_changed(journal: SqliteJournal) -> Non
     results = await asyncio.gather(
         journal.write(record, settled, durable=True), journal.write(record, lost, durable=True)
     )
-    assert results == [True, False]
+    assert list(results) == [True, False]
     assert await everything(journal) == []
 
 
@@ -170,6 +170,15 @@ async def test_due_is_in_order_without_the_running_ones_up_to_a_limit(journal: S
     assert [(record.id, record.due_at) for record in due] == [("c2", 102.0), ("c7", 103.0), ("c4", 104.0)]
     assert await journal.next_due(106.0) == 107.0
     assert await journal.next_due(107.0) is None
+
+
+async def test_charge_of_another_owner_is_not_ours(journal: SqliteJournal) -> None:
+    """Somebody took the file over behind our back: what is theirs, we neither read nor count."""
+    await journal.open(charge(journal))
+    sql(journal._place().path, "UPDATE charges SET owner = 'somebody'")
+    assert await everything(journal) == []
+    assert await journal.next_due(0.0) is None
+    assert await journal.unsettled(200.0) == {}
 
 
 async def test_unsettled_counts_by_state_with_the_oldest_age(journal: SqliteJournal) -> None:
@@ -755,7 +764,7 @@ async def test_lock_that_the_file_system_refuses_is_a_clear_error(
     def flock(*_: int) -> None:
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(lock_module.fcntl, "flock", flock)
+    monkeypatch.setattr("metered_billing.journal.lock.fcntl.flock", flock)
     with pytest.raises(JournalError, match=r"no journal can be kept in .*No locks available"):
         await SqliteJournal(tmp_path).start()
 

@@ -297,7 +297,7 @@ class TestBatch:
     ) -> None:
         """Each stands alone, even where one finds the books corrupt."""
         await granted(ledger)
-        decide: Callable[..., Answer] = store_module.decide
+        decide: Callable[..., Answer] = store_module.decide  # type: ignore[attr-defined]
 
         def spoiled(books: SqliteBooks, command: object, stamp: object) -> Answer:
             if command == deduct(10, key="bad"):

@@ -102,7 +102,7 @@ async def test_batch_of_several_tenants_does_what_the_token_may(connect: Connect
 )
 async def test_request_without_a_known_token_is_unauthorized(connect: Connect, header: str) -> None:
     """401 on everything below /v1, whether there is such a route or not, before the body is looked at."""
-    headers = {"Authorization": header.encode("latin-1")}
+    headers = {b"Authorization": header.encode("latin-1")}
     for path in ("/v1/deductions", "/v1/nope"):
         response = await connect(None).post(path, content=b"{", headers=headers)
         assert (response.status_code, name(response)) == (401, "unauthorized")

@@ -117,7 +117,7 @@ async def test_refund_field_that_is_wrong_is_named(
 @pytest.mark.parametrize("key", [None, "", '""', '"', '"a', "a b", '"a b"', "é", "x" * 256, '"a";p=1', '"a\\b"', "\t"])
 async def test_idempotency_key_header_that_is_wrong(admin: httpx.AsyncClient, key: str | None) -> None:
     """Missing, empty, too long, unquoted half-way or not visible ASCII: 422, naming the header."""
-    headers = [] if key is None else [("Idempotency-Key", key.encode("latin-1"))]
+    headers = [] if key is None else [(b"Idempotency-Key", key.encode("latin-1"))]
     response = await admin.post("/v1/deductions", json=GOOD, headers=headers)
     assert problem(response) == (422, "invalid-request")
     assert fields(response) == ["Idempotency-Key"]

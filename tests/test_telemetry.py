@@ -55,6 +55,7 @@ async def test_partial_refund_is_one_trace(bench: Stand) -> None:
     assert charge.parent.span_id == request.get_span_context().span_id
     assert deduct.parent.span_id == refund.parent.span_id == charge.context.span_id
     assert [link.context.span_id for link in refund.links] == [deduct.context.span_id]
+    assert refund.attributes[names.REASON] == "failed items"
     assert {span.context.trace_id for span in (charge, deduct, refund)} == {request.get_span_context().trace_id}
 
 

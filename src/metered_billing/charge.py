@@ -92,7 +92,7 @@ TRANSITIONS: Mapping[State, Mapping[str, State]] = {
     State.VOIDING: {
         "voided": State.VOIDED,
         "refused": State.DISPUTED,
-        # Where the service has no voids: see `Biller._undo_without_void`.
+        # Where the service has no voids: see `Settler._undo_without_void`.
         "found": State.REFUNDING,
         "not found": State.VOIDED,
     },
@@ -119,7 +119,7 @@ class Record:
         tries: Attempts made at the refund or void that is due.
         due_at: When the next attempt is due, seconds since the epoch.
         declined_at: When a resent deduction was declined by a service that has no voids and forgets
-            declines; see `Biller._undo_without_void`.
+            declines; see `Settler._undo_without_void`.
         closed_at: When it became final.
     """
 
@@ -377,7 +377,7 @@ class Unanswered:
     """A refund, void or look-up without an answer that counts. Not an event: it is tried again, for ever.
 
     `sent` is False where no connection existed, so that the rest of a round need not be tried either.
-    `declined`: see `Biller._undo_without_void`.
+    `declined`: see `Settler._undo_without_void`.
     """
 
     reason: str
@@ -388,7 +388,7 @@ class Unanswered:
 
 @dataclass(frozen=True, slots=True)
 class NoVoid:
-    """The service has no voids. Not an event: see `Biller._undo_without_void`."""
+    """The service has no voids. Not an event: see `Settler._undo_without_void`."""
 
 
 RefundAnswer = Refunded | AlreadyVoided | Refused | Unanswered

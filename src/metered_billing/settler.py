@@ -200,7 +200,7 @@ class Settler:
                 self._telemetry.log(names.LOG_JOURNAL_FAILED, exc_info=error, charge_id=charge_id)
             except Exception as error:
                 # A bug of ours: recovery goes by what is on record.
-                self._telemetry.log(names.LOG_UNAVAILABLE, exc_info=error, charge_id=charge_id)
+                self._telemetry.log(names.LOG_BUG, exc_info=error, charge_id=charge_id)
 
         task = loop.create_task(run(), name=f"metered-billing {charge_id}")
         here.tasks.add(task)
@@ -229,6 +229,7 @@ class Settler:
             name = names.SPAN_REFUND if record.state is State.REFUNDING else names.SPAN_VOID
             with self._telemetry.operation(name, record, parent=span, linked=True) as operation:
                 operation.span.set_attribute(names.TRIES, record.tries + 1)
+                operation.span.set_attribute(names.REASON, record.reason or "")
                 answer = await self._ask(record)
                 if isinstance(answer, Unanswered):
                     operation.failed("unanswered", answer.reason)
@@ -260,7 +261,7 @@ class Settler:
             return answer, step(record, answer, now=self._runtime.now())
         except Exception as error:
             # A bug in a backend must not lose the refund, nor stand in the way of others.
-            self._telemetry.log(names.LOG_UNAVAILABLE, record, exc_info=error)
+            self._telemetry.log(names.LOG_BUG, record, exc_info=error)
             return Unanswered(f"{type(error).__name__} in the credits backend")
 
     async def _undo_without_void(self, record: Record) -> Event | Unanswered:
@@ -458,7 +459,7 @@ class Settler:
                         wait_s = min(due - self._runtime.now(), wait_s)
                 except Exception as error:
                     # A journal that fails, or a bug: the next round tries again.
-                    self._telemetry.log(names.LOG_JOURNAL_FAILED, exc_info=error, reason="recovery failed")
+                    self._telemetry.log(names.LOG_BUG, exc_info=error, reason="recovery failed")
                 outages = 0 if reachable else outages + 1
                 # However many are due, a service that cannot be reached is asked ever more seldom.
                 pause_s = min(FIRST_BACKOFF_S * 2 ** min(outages, 16), self._recover_every_s) if outages else 0.05

@@ -72,6 +72,7 @@ LOG_UNREADABLE: Final = "charge.outcomes_unreadable"
 LOG_READER_RAISED: Final = "charge.outcomes_raised"
 LOG_JOURNAL_FAILED: Final = "journal.failed"
 LOG_MISCONFIGURED: Final = "billing.misconfigured"
+LOG_BUG: Final = "billing.bug"
 
 _LEVELS: Final[Mapping[str, int]] = {
     LOG_DECLINED: logging.WARNING,
@@ -85,6 +86,7 @@ _LEVELS: Final[Mapping[str, int]] = {
     LOG_READER_RAISED: logging.ERROR,
     LOG_JOURNAL_FAILED: logging.CRITICAL,
     LOG_MISCONFIGURED: logging.ERROR,
+    LOG_BUG: logging.CRITICAL,
 }
 
 _PROPAGATOR: Final = TraceContextTextMapPropagator()

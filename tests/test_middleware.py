@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 from fastapi import FastAPI, WebSocket
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
@@ -17,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.gzip import GZipMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.testclient import TestClient
@@ -942,3 +943,130 @@ async def test_units_that_the_route_said_have_failed_are_no_mismatch(
         await post(app_with(bench, ten(response)))
     assert await bench.moves() == [("deduction", -10), ("refund", 7)]
     assert "mismatch" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", [ValueError, HTTPException])
+async def test_exception_that_the_app_answers_with_200_refunds_all(bench: Stand, kind: type[Exception]) -> None:
+    """A route that raised is not paid for, whatever a handler of the app's makes of it."""
+
+    async def handler(request: Request, error: Exception) -> Response:
+        return JSONResponse({"results": statuses(10, 0)})
+
+    app = app_with(bench, ten(HTTPException(404) if kind is HTTPException else kind("x")))
+    app.add_exception_handler(kind, handler)
+    response = await post(app)
+    assert (response.status_code, response.headers["credits-refunded"]) == (200, "10")
+    assert await bench.moves() == [("deduction", -10), ("refund", 10)]
+
+
+async def test_redirect_that_is_raised_is_an_answer(bench: Stand) -> None:
+    """Some apps raise what others return."""
+    response = await post(app_with(bench, ten(HTTPException(303, headers={"location": "/"}))))
+    assert (response.status_code, response.headers["credits-refunded"]) == (303, "0")
+    assert await bench.moves() == [("deduction", -10)]
+
+
+@pytest.mark.parametrize(
+    ("on_disconnect", "moves"),
+    [("refund", [("deduction", -10), ("refund", 10)]), ("keep", [("deduction", -10)])],
+)
+async def test_client_that_left_by_the_servers_error(
+    bench: Stand, on_disconnect: str, moves: list[tuple[str, int]]
+) -> None:
+    """Since ASGI 2.4 `send` raises where nobody is there: that is a client that left, not a route that raised."""
+
+    async def produce() -> AsyncIterator[str]:
+        for _ in range(3):
+            yield "x"
+
+    async def fail(message: Message) -> None:
+        if message.get("body"):
+            raise OSError("gone")
+
+    response = StreamingResponse(produce(), media_type="text/csv")
+    async with lifespan(app := app_with(bench, ten(response), on_disconnect=on_disconnect)):
+        connection = Connection(app, "/work", on_send=fail)
+        connection.scope["asgi"] = {"version": "3.0", "spec_version": "2.4"}
+        with pytest.raises((OSError, ClientDisconnect)):
+            await connection.run()
+    assert await bench.moves() == moves
+
+
+async def test_iterable_that_is_no_iterator_is_streamed(bench: Stand) -> None:
+    """Whatever `async for` takes."""
+
+    class Chunks:
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            yield b"a"
+            yield b"b"
+
+    response = await post(app_with(bench, ten(StreamingResponse(Chunks()))))
+    assert response.content == b"ab"
+    assert await bench.moves() == [("deduction", -10)]
+
+
+async def test_request_is_charged_once_even_if_metered_endpoints_run_at_once(bench: Stand) -> None:
+    """One of two is refused; the request fails, and the other's credits come back."""
+
+    @metered(cost=10)
+    async def one(request: Request) -> int:
+        await asyncio.sleep(0.01)
+        return 1
+
+    async def work(request: Request) -> Response:
+        await asyncio.gather(one(request), one(request))
+        return Response()
+
+    assert (await post(app_with(bench, work))).status_code == 500
+    assert await bench.moves() in ([], [("deduction", -10), ("refund", 10)])
+
+
+async def test_metered_endpoint_called_by_a_task_left_behind_is_refused(bench: Stand) -> None:
+    """After the request there is no response that could report; nor may one outlast it."""
+    tasks = []
+
+    @metered(cost=10)
+    async def one(request: Request) -> int:
+        return 1
+
+    async def later(request: Request) -> int:
+        await asyncio.sleep(0.05)
+        return await one(request)
+
+    async def work(request: Request) -> Response:
+        tasks.append(asyncio.create_task(later(request)))
+        tasks.append(asyncio.create_task(one(request)))
+        await asyncio.sleep(0)  # it is being paid for when its request ends
+        return Response()
+
+    async with lifespan(app := app_with(bench, work)):
+        await Connection(app, "/work").run()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(result).__name__ for result in results] == ["BillingMisconfigured"] * 2
+        assert await bench.moves() in ([], [("deduction", -10), ("refund", 10)])
+
+
+async def test_logging_that_raises_changes_neither_response_nor_money(bench: Stand) -> None:
+    """A processor of the app's own cannot bear our events: everything goes on."""
+
+    def processor(*args: Any) -> Any:
+        raise KeyError("request")
+
+    structlog.configure(processors=[processor])
+    try:
+        response = await post(app_with(bench, ten(JSONResponse({"results": statuses(8, 2)}))))
+    finally:
+        structlog.reset_defaults()
+    assert (response.status_code, response.headers["credits-refunded"]) == (200, "2")
+    assert await bench.moves() == [("deduction", -10), ("refund", 2)]
+
+
+async def test_response_that_raises_while_it_is_sent_refunds_all(bench: Stand) -> None:
+    """The route returned, but what it returned did not arrive."""
+
+    async def produce() -> AsyncIterator[str]:
+        yield "a,b"
+        raise ValueError("x")
+
+    await post(app_with(bench, ten(StreamingResponse(produce(), media_type="text/csv"), on_disconnect="keep")))
+    assert await bench.moves() == [("deduction", -10), ("refund", 10)]

@@ -643,16 +643,31 @@ def test_body_without_a_path_is_counted_by_status(body: object) -> None:
 
 
 def test_body_without_a_path_for_a_mapping_needs_exactly_its_ids() -> None:
-    """Other ids, or too few of them, are somebody else's list."""
+    """Other ids, or too few of them, are somebody else's list: the status code decides, and that is said."""
+    unread = "`results` does not report on exactly the items that were paid for: not read"
     a, b, c, d = ({"id": item, "status": "no" if item == "b" else "ok"} for item in "abcd")
     assert read({"results": [c, a, b]}, paid=ABC) == Outcome(4, ("b",))
-    assert read({"results": [a, b]}, paid=ABC) == Outcome(6)
-    assert read({"results": [a, b, c, d]}, paid=ABC) == Outcome(6)
-    assert read({"results": [a, b, d]}, paid=ABC) == Outcome(6)
-    assert read({"results": [False, False, False]}, paid=ABC) == Outcome(6)
+    assert read({"results": [a, b]}, paid=ABC) == Outcome(6, mismatch=unread)
+    assert read({"results": [a, b, c, d]}, paid=ABC) == Outcome(6, mismatch=unread)
+    assert read({"results": [a, b, d]}, paid=ABC) == Outcome(6, mismatch=unread)
+    assert read({"results": [False, False, False]}, paid=ABC) == Outcome(6, mismatch=unread)
+    assert read({"results": []}, paid=ABC) == Outcome(6)
     assert read({"results": [a, b, c, {**a, "status": "no"}]}, paid=ABC) == Outcome(
         3, ("a", "b"), "1 reported again ('a')"
     )
+
+
+@pytest.mark.parametrize("status", ["shipped", "pending", "", None, 7, 1e9, {}])
+def test_body_without_a_path_is_no_report_where_no_status_is_an_outcome(status: object) -> None:
+    """A list of three orders is no report on three units, whatever their status."""
+    assert read({"items": [{"id": n, "status": status} for n in range(3)]}) == Outcome(3)
+
+
+@pytest.mark.parametrize("word", ["failed", "Error", "FAILURE", "ok", True, False, 200, 404, 503.0])
+def test_body_without_a_path_is_a_report_where_one_status_is_an_outcome(word: object) -> None:
+    """Beside a word for an outcome, any other word means failure."""
+    outcome = read({"items": [{"status": "no face"}, {"status": word}, {"status": "ok"}]})
+    assert outcome.kept_units == (2 if word in ("ok", True, 200) else 1)
 
 
 # Which reader, and bodies that cannot be read.

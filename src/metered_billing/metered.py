@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any, ParamSpec, Protocol, TypeVar, overload
 
 from starlette.concurrency import run_in_threadpool
@@ -168,7 +168,7 @@ class Terms:
                 f"{self._name} is metered, but this app has no MeteredBillingMiddleware, or this is no request;"
                 " the plain function is its __wrapped__"
             )
-        if exchange.charge is not None:
+        if not exchange.claim():
             raise BillingMisconfigured(
                 f"{self._name} was called within a request that is charged for already, or from a task that it"
                 " left behind; a request is charged once: call the plain function, its __wrapped__"
@@ -182,11 +182,9 @@ class Terms:
                 telemetry = exchange.billing.telemetry
                 telemetry.log(names.LOG_MISCONFIGURED, exc_info=error, endpoint=self._name, reason=error.why)
             return answer(error, request.scope)
-        exchange.begin(charge, self._path, self._on_disconnect)
-        if self._is_async:
-            returned = await self._endpoint(*args, **kwargs)
-        else:
-            returned = await run_in_threadpool(self._endpoint, *args, **kwargs)
+        if not exchange.begin(charge, self._path, self._on_disconnect):
+            raise BillingMisconfigured(f"{self._name}: its request had ended before it was paid for")
+        returned = await self._run(exchange, args, kwargs)
         if self._reader is not None and charge.amount_credits > 0:
             try:
                 exchange.report = from_returned(await self._reader(arguments, lambda: request, returned))
@@ -197,6 +195,17 @@ class Terms:
         if hasattr(returned, "body_iterator"):
             returned.body_iterator = _Watched(returned.body_iterator, exchange)
         return returned
+
+    async def _run(self, exchange: Exchange, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        try:
+            if self._is_async:
+                return await self._endpoint(*args, **kwargs)
+            return await run_in_threadpool(self._endpoint, *args, **kwargs)
+        except Exception as error:
+            # Also where a handler of the app's then answers 200. A redirect is an answer like any other.
+            if not isinstance(error, HTTPException) or error.status_code >= 400:
+                exchange.failed = f"exception {type(error).__name__}"
+            raise
 
     async def _charge(self, exchange: Exchange, arguments: Mapping[str, Any], request: Request) -> Charge:
         """Have the request's price deducted.
@@ -275,8 +284,9 @@ class _Watched:
     An inner `BaseHTTPMiddleware` completes the body of a stream that raised, so that it looks delivered.
     """
 
-    def __init__(self, iterator: AsyncIterator[Any], exchange: Exchange) -> None:
-        self._iterator = iterator
+    def __init__(self, iterable: AsyncIterable[Any], exchange: Exchange) -> None:
+        self._iterable = iterable
+        self._iterator: AsyncIterator[Any] | None = None
         self._exchange = exchange
 
     def __aiter__(self) -> "_Watched":
@@ -284,7 +294,9 @@ class _Watched:
 
     async def __anext__(self) -> Any:
         try:
-            return await self._iterator.__anext__()
+            if self._iterator is None:
+                self._iterator = aiter(self._iterable)
+            return await anext(self._iterator)
         except StopAsyncIteration:
             raise
         except Exception:  # a cancellation is a client that left, which shows in other ways
@@ -292,7 +304,7 @@ class _Watched:
             raise
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._iterator, name)
+        return getattr(self._iterable, name)
 
 
 def _request(exchange: Exchange) -> Request:

@@ -164,7 +164,10 @@ class Exchange:
     __slots__ = (
         "_billing",
         "_broken",
+        "_claimed",
+        "_ended",
         "_held",
+        "_left",
         "_on_disconnect",
         "_over",
         "_path",
@@ -174,6 +177,7 @@ class Exchange:
         "_started",
         "_status",
         "charge",
+        "failed",
         "raised",
         "report",
         "scope",
@@ -185,6 +189,8 @@ class Exchange:
         self._send = send
         self.scope = scope
         self.charge: Charge | None = None
+        self._claimed = False
+        self._ended = False
 
     # For the decorator.
 
@@ -200,12 +206,25 @@ class Exchange:
                 return value.decode("ascii") if _REQUEST_ID.fullmatch(value) else None
         return None
 
-    def begin(self, charge: Charge, path: JsonPath | None, on_disconnect: OnDisconnect | None) -> None:
+    def claim(self) -> bool:
+        """Whether this request may be charged: once, and while it lasts."""
+        if self._claimed or self._ended:
+            return False
+        self._claimed = True
+        return True
+
+    def begin(self, charge: Charge, path: JsonPath | None, on_disconnect: OnDisconnect | None) -> bool:
         """From here on the response is watched.
 
         Args:
             path: What to read off its body, if not the default.
+
+        Returns:
+            False where the request has ended meanwhile: then all of the charge goes back.
         """
+        if self._ended:
+            self._billing.biller.release(charge, Reported(0, tuple(charge.paid.by_item or ()), "the request had ended"))
+            return False
         self._path = path
         self._on_disconnect = on_disconnect or self._billing.on_disconnect
         self._status = 0
@@ -214,9 +233,12 @@ class Exchange:
         self._started = False
         self._over = False
         self._broken = False
+        self._left = False
+        self.failed: str | None = None
         self.report: Report | None = None
         self.raised: str | None = None
         self.charge = charge
+        return True
 
     def broke(self) -> None:
         """The response's own iterator raised: even if the response is completed, it is not whole."""
@@ -230,6 +252,13 @@ class Exchange:
         else:
             await self._watch(message, self.charge)
 
+    async def _out(self, message: Message) -> None:
+        try:
+            await self._send(message)
+        except OSError:  # how a server says, since ASGI 2.4, that nobody is there
+            self._left = True
+            raise
+
     async def _watch(self, message: Message, charge: Charge) -> None:
         kind = message["type"]
         if kind == "http.response.start":
@@ -238,13 +267,13 @@ class Exchange:
             self._feed(message.get("body", b""), charge)
             if message.get("more_body", False):
                 await self._release_start(charge, None)
-                await self._send(message)
+                await self._out(message)
             else:
                 await self._last(message, charge)
         elif kind == "http.response.pathsend":
             await self._last(message, charge)
         else:
-            await self._send(message)
+            await self._out(message)
 
     async def _start(self, message: Message, charge: Charge) -> None:
         self._status = message["status"]
@@ -287,7 +316,7 @@ class Exchange:
         event = self._refund_all("the client left before the answer") if left else self._outcome(charge)
         await self._billing.biller.conclude(charge, event)
         await self._release_start(charge, event)
-        await self._send(message)
+        await self._out(message)
         self._over = True
         self._billing.biller.release(charge, event)
 
@@ -299,7 +328,7 @@ class Exchange:
         if event is None and not 200 <= self._status < 400:
             event = self._refund_all("")
         self._started = True
-        await self._send({**start, "headers": [*start.get("headers", ()), *_headers(charge, event)]})
+        await self._out({**start, "headers": [*start.get("headers", ()), *_headers(charge, event)]})
 
     # What came of it.
 
@@ -308,6 +337,8 @@ class Exchange:
         complete = complete and not self._broken
         if charge.amount_credits == 0:
             return Reported(0)
+        if self.failed is not None:
+            return self._refund_all(self.failed)
         if not 200 <= self._status < 400:
             return self._refund_all(f"status {self._status}")
         try:
@@ -342,6 +373,7 @@ class Exchange:
 
     def close(self, error: BaseException | None) -> None:
         """The app is done with this request, one way or the other: settle what `_last` did not."""
+        self._ended = True
         charge = self.charge
         if charge is None or self._over:
             return
@@ -350,13 +382,15 @@ class Exchange:
 
     def _unfinished(self, charge: Charge, error: BaseException | None) -> Event:
         """The outcome of a response whose last byte was not sent."""
+        if self.failed is not None:
+            return self._refund_all(self.failed)
         if isinstance(self._reader, LineReader) and self._started:
             return self._outcome(charge, complete=False)
         if isinstance(error, asyncio.CancelledError):
             return self._refund_all("cancelled")
-        if error is not None:
+        if error is not None and not self._left:
             return self._refund_all(f"exception {type(error).__name__}")
-        # Starlette cancels the iterator of a client that has left, and returns.
+        # Starlette cancels the iterator of a client that has left, and returns; or `send` raised.
         if self._on_disconnect == "keep" and 200 <= self._status < 400 and not self._broken:
             if self.report is None and self.raised is None:
                 # What its body would have reported was never sent: its status has to do.

@@ -6,6 +6,7 @@ sends it, or nowhere. Logs go to structlog where the app has configured it, else
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -208,7 +209,22 @@ class Telemetry:
         exc_info: BaseException | None = None,
         **fields: Any,
     ) -> None:
-        """One event, with the ids of its charge and span. Never a secret, never a body."""
+        """One event, with the ids of its charge and span. Never a secret, never a body. Never raises."""
+        try:
+            self._log(event, record, span, exc_info, fields)
+        except Exception:
+            # A processor of the app's own: what it cannot bear must not stand between two moves of credits.
+            with contextlib.suppress(Exception):
+                _STDLIB.exception("%s could not be logged", event)
+
+    def _log(
+        self,
+        event: str,
+        record: Record | None,
+        span: Span | None,
+        exc_info: BaseException | None,
+        fields: dict[str, Any],
+    ) -> None:
         level = _LEVELS.get(event, logging.INFO)
         if event in (LOG_DISPUTED, LOG_MISMATCH, LOG_UNREADABLE, LOG_READER_RAISED, LOG_OWNERSHIP_LOST):
             self._anomalies.add(1, {"metered_billing.event": event})

@@ -1,11 +1,12 @@
 """Which reader a response gets, and the reading of whole JSON bodies."""
 
+from dataclasses import replace
 from typing import Protocol
 
 from metered_billing.outcomes.decode import CODINGS, Inflater, Unreadable, read_json
 from metered_billing.outcomes.paid import Paid, Said, shown
 from metered_billing.outcomes.report import ById, Outcome, by_status, count, is_success, none_kept, tally_for
-from metered_billing.outcomes.select import Path, entries_without_path
+from metered_billing.outcomes.select import Path, Unfitting, entries_without_path
 from metered_billing.outcomes.streams import EVENT_STREAM, LINES, Events, LineReader, Lines
 
 
@@ -102,6 +103,8 @@ class BodyReader:
             entries = self._path(body) if self._path else entries_without_path(body, self._paid)
         except Unreadable as error:
             return by_status(self._status, self._paid, said, unreadable=str(error))
+        except Unfitting as error:
+            return replace(by_status(self._status, self._paid, said), mismatch=str(error))
         if entries is None:
             return by_status(self._status, self._paid, said)
         if self._path and not entries:

@@ -14,6 +14,9 @@ Entry = tuple[str | None, bool]
 
 _SUCCEEDED = frozenset({"succeeded", "success", "ok"})
 
+_FAILED = frozenset({"failed", "failure", "fail", "error", "errored"})
+"""Words that tell a report from a list of things that have some status. With a path, any other word fails too."""
+
 
 def succeeded(status: object) -> bool:
     """Whether this status means success: "succeeded", "success" or "ok" in any case, true, 200 to 299."""
@@ -25,6 +28,10 @@ def succeeded(status: object) -> bool:
         # A float only where it is a whole number: 250.5 is nobody's status code.
         return 200 <= status <= 299 and status == int(status)
     return False
+
+
+class Unfitting(Exception):
+    """A body that seems to report, but not on what was paid for. The text says how."""
 
 
 class Path:
@@ -75,8 +82,12 @@ def entry(selected: object) -> Entry:
 def entries_without_path(body: object, paid: Paid) -> list[Entry] | None:
     """What a body reports in `$.results[*]` or `$.items[*]`; None where that is no report on what was paid.
 
-    It is one only where every element is an object with a `status`, or a boolean, and where there are as
-    many as units were paid for, or exactly the ids: any other list is just a list of things.
+    It is one only where every element is an object with a `status`, or a boolean, where at least one of them
+    is a word for an outcome (orders are "shipped" or "pending", which says nothing of this request), and
+    where there are as many as units were paid for, or exactly the ids: any other list is a list of things.
+
+    Raises:
+        Unfitting: It looks like a report on the items of a mapping, but not on all of them.
     """
     if isinstance(body, dict):
         for name in ("results", "items"):
@@ -84,9 +95,13 @@ def entries_without_path(body: object, paid: Paid) -> list[Entry] | None:
             if isinstance(listed, dict):
                 listed = list(listed.values())
             if isinstance(listed, list) and all(map(_is_report, listed)):
+                if listed and not any(map(_is_outcome, listed)):
+                    continue
                 entries = list(map(entry, listed))
                 if _fits(entries, paid):
                     return entries
+                if listed and paid.by_item is not None:
+                    raise Unfitting(f"`{name}` does not report on exactly the items that were paid for: not read")
     return None
 
 
@@ -97,6 +112,13 @@ def entries_of_line(value: object) -> list[Entry]:
 
 def _is_report(element: object) -> bool:
     return isinstance(element, bool) or (isinstance(element, dict) and "status" in element)
+
+
+def _is_outcome(element: object) -> bool:
+    status = element.get("status") if isinstance(element, dict) else element
+    if isinstance(status, str):
+        return succeeded(status) or status.lower() in _FAILED
+    return isinstance(status, bool) or (isinstance(status, int | float) and 100 <= status < 600)
 
 
 def _fits(entries: list[Entry], paid: Paid) -> bool:

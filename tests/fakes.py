@@ -145,6 +145,7 @@ class Bank:
 
     world: "World"
     remembers_declines: bool = True
+    realm: str = ""
     has_voids: bool = True
     balance: int = GRANTED
     faults: dict[str, list[Fault]] = field(default_factory=dict)

@@ -13,6 +13,7 @@ from metered_billing.charge import (
     MAX_AMOUNT,
     MAX_ID_LENGTH,
     MAX_ITEMS,
+    MAX_ITEMS_BYTES,
     TRANSITIONS,
     Account,
     AlreadyVoided,
@@ -431,3 +432,12 @@ def test_a_refund_once_due_never_changes(before: list[Event], after: list[Event]
     if record.state is State.REFUNDING or record.final:
         later = driven(record, after)
         assert (later.refund_credits, later.refund_items) == (record.refund_credits, record.refund_items)
+
+
+def test_reported_with_very_long_ids_names_the_first() -> None:
+    """A refund whose body is too long for the service would be refused as a whole."""
+    items = tuple(f"{number:03}" + "ü" * 250 for number in range(1000))
+    named = step(a_record(State.DEDUCTED), Reported(0, items), now=NOW).refund_items
+    assert named == items[: len(named)]
+    assert 100 < len(named) < 1000
+    assert sum(len(item.encode()) for item in named) <= MAX_ITEMS_BYTES

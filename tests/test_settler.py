@@ -652,7 +652,7 @@ def test_start_that_fails_holds_nothing_and_can_be_repeated(
 ) -> None:
     """Neither the credits nor the journal's lock."""
 
-    async def fail() -> None:
+    async def fail(*_: str) -> None:
         raise OSError("not today")
 
     async def main() -> None:
@@ -674,13 +674,13 @@ def test_start_that_fails_does_not_close_what_another_has_started(world: World) 
     real = world.journal.inner.start
     starts = 0
 
-    async def start() -> None:
+    async def start(realm: str) -> None:
         nonlocal starts
         starts += 1
         if starts == 1:
             await asyncio.sleep(1.0)
             raise OSError("not today")
-        await real()
+        await real(realm)
         await asyncio.sleep(2.0)  # open already, and about to go on
 
     world.journal.start = start  # type: ignore[attr-defined]

@@ -21,7 +21,8 @@ MAX_ID_LENGTH = 255
 """The longest id of a tenant, user, transaction or item, and the longest idempotency key."""
 
 MAX_ITEMS = 1_000
-"""How many failed items a refund names; what goes back is the amount, whatever their number."""
+MAX_ITEMS_BYTES = 64 << 10
+"""How many failed items a refund names, and how long all their ids are; what goes back is the amount of all."""
 
 # Lone surrogates, which JSON can smuggle in as "\ud800", cannot be written to any database.
 _PRINTABLE = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,255}")
@@ -282,9 +283,19 @@ class Reported(Event):
             return {}
         return {
             "refund_credits": record.amount_credits - self.kept_credits,
-            "refund_items": self.failed_items[:MAX_ITEMS],
+            "refund_items": _some(self.failed_items),
             "reason": self.reason,
         }
+
+
+def _some(items: tuple[str, ...]) -> tuple[str, ...]:
+    """As many of the items as a refund names."""
+    left = MAX_ITEMS_BYTES
+    for number, item in enumerate(items[:MAX_ITEMS]):
+        left -= len(item.encode(errors="replace"))
+        if left < 0:
+            return items[:number]
+    return items[:MAX_ITEMS]
 
 
 @dataclass(frozen=True, slots=True)

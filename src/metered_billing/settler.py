@@ -107,7 +107,7 @@ class Settler:
             self._starting += 1
         try:
             await self._credits.start()
-            await self._journal.start()
+            await self._journal.start(self._credits.realm)
         except BaseException:
             self._started()
             await self._close()

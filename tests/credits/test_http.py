@@ -1,6 +1,7 @@
 """Credits over HTTP, against answers that are made up: what each means, and what is tried again, and when."""
 
 import asyncio
+import gzip
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -1198,3 +1199,21 @@ class TestContractsOfOthers:
 
         assert got == Unknown("HTTP 422 invalid-request", misconfigured=True)
         assert json.loads(deductions.calls.last.request.content)["request_id"] == "\ud800"
+
+
+async def test_compressed_reply_is_not_unpacked() -> None:
+    """A few bytes may stand for gigabytes; we ask for none, and take a reply that is for a broken one."""
+    asked = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.headers["accept-encoding"])
+        packed = gzip.compress(b'{"transaction_id": "tx-1", "amount": 10, "balance": 90}')
+        return httpx.Response(201, headers={"content-encoding": "gzip"}, stream=httpx.ByteStream(packed))
+
+    credits_ = HttpCredits("http://credits.test", transport=httpx.MockTransport(answer), attempts=1)
+    outcome = await credits_.deduct(
+        Record(id="c1", account=Account("acme"), amount_credits=10, units=10, opened_at=1.0)
+    )
+    assert isinstance(outcome, Unknown)
+    assert asked == ["identity"]
+    await credits_.aclose()

@@ -774,3 +774,35 @@ async def test_full_queue_is_a_journal_error(journal: SqliteJournal, monkeypatch
     monkeypatch.setattr(sqlite_module, "MAX_WAITING", 0)
     with pytest.raises(JournalError, match="waiting already"):
         journal.open(charge(journal))
+
+
+async def test_charges_of_other_credits_are_left_alone_and_reported(tmp_path: Path) -> None:
+    """A charge can only be undone where it was made: two apps may share a directory by mistake."""
+    theirs = SqliteJournal(tmp_path)
+    await theirs.start("http://theirs")
+    record = charge(theirs, state=State.DEDUCTED)
+    await theirs.open(record)
+    await theirs.close()
+
+    ours = SqliteJournal(tmp_path)
+    await ours.start("http://ours")
+    assert await ours.adopt(1000.0) == 0
+    assert await ours.due(1e12, besides=(), limit=10) == []
+    [told] = ours.unusable.values()
+    assert "1 unsettled charges that were made at http://theirs" in told
+    await ours.close()
+
+    again = SqliteJournal(tmp_path)
+    await again.start("http://theirs")
+    assert [found.id for found in await again.due(1e12, besides=(), limit=10)] == [record.id]
+    await again.close()
+
+
+async def test_file_with_nothing_left_to_do_serves_other_credits(tmp_path: Path) -> None:
+    """A service that has moved needs no new directory, once everything is settled."""
+    journal = SqliteJournal(tmp_path)
+    for realm in ("http://old", "http://new", "http://new"):
+        await journal.start(realm)
+        assert journal.unusable == {}
+        await journal.close()
+    assert [path.name for path in tmp_path.glob("*.db")] == ["charges-0.db"]

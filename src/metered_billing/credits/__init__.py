@@ -16,6 +16,14 @@ class Credits(Protocol):
     """
 
     @property
+    def realm(self) -> str:
+        """Which credits these are: a URL or a path, without secrets.
+
+        A charge can only be undone where it was made, so the journal keeps to one realm.
+        """
+        ...
+
+    @property
     def remembers_declines(self) -> bool:
         """Whether a deduction once declined is declined for ever under its key."""
         ...

@@ -78,14 +78,20 @@ class _TooLong(Exception):
     pass
 
 
+class _Compressed(Exception):
+    pass
+
+
 async def fetch(transport: httpx.AsyncBaseTransport, request: httpx.Request) -> tuple[int, Mapping[str, str], bytes]:
-    """Send a request. Returns status, headers and body, decompressed.
+    """Send a request. Returns status, headers and body.
 
     Raises:
-        Exception: Whatever the transport raises, or that the reply is too long.
+        Exception: Whatever the transport raises, or that the reply is too long or compressed.
     """
     response = await transport.handle_async_request(request)
     try:
+        if response.headers.get("content-encoding", "identity").lower() != "identity":
+            raise _Compressed  # we asked for none that is: a few bytes can unpack to gigabytes
         content = bytearray()
         async for chunk in response.aiter_bytes():
             content += chunk

@@ -137,6 +137,10 @@ class HttpCredits:
         self._attempts = attempts
 
     @property
+    def realm(self) -> str:
+        return str(self._url).rstrip("/")
+
+    @property
     def remembers_declines(self) -> bool:
         return self._contract.remembers_declines
 
@@ -267,6 +271,7 @@ class HttpCredits:
         # In ASCII: what is no Unicode (a lone surrogate in an exception's text, say) can be sent all the same.
         content = None if call.body is None else json.dumps(call.body, separators=(",", ":")).encode()
         headers = {"Accept": "application/json, application/problem+json", "User-Agent": "metered-billing"}
+        headers["Accept-Encoding"] = "identity"
         if content is not None:
             headers["Content-Type"] = "application/json"
         if call.key is not None:

@@ -60,6 +60,10 @@ class SqlCredits:
     def __init__(self, url: str | Path, *, runtime: Runtime | None = None) -> None:
         self.ledger = Ledger(sqlite_path(url), runtime)
 
+    @property
+    def realm(self) -> str:
+        return f"sqlite:///{self.ledger.path.resolve()}"
+
     async def start(self) -> None:
         """Open the ledger.
 

@@ -32,8 +32,12 @@ class Journal(Protocol):
         """What could not be read, by name, and why: it is left as it is, for a person to look at."""
         ...
 
-    async def start(self) -> None:
+    async def start(self, realm: str) -> None:
         """Take a place in it. May be called again, also after `close`.
+
+        Args:
+            realm: Whose credits its charges move (`Credits.realm`). What is on record for another realm is
+                left alone: it can only be settled there.
 
         Raises:
             JournalError: It cannot be had; the text says what to do.

@@ -41,6 +41,7 @@ _SCHEMA = (
         request_id TEXT,
         body TEXT NOT NULL
     ) WITHOUT ROWID""",
+    "CREATE TABLE IF NOT EXISTS about (realm TEXT NOT NULL)",
     "CREATE INDEX IF NOT EXISTS charges_due ON charges (due_at) WHERE closed_at IS NULL",
     "CREATE INDEX IF NOT EXISTS charges_closed ON charges (closed_at, id)"
     " WHERE closed_at IS NOT NULL AND state <> 'disputed'",
@@ -72,6 +73,7 @@ class SqliteJournal:
         self._starting: concurrent.futures.Future[None] | None = None
         self._executor: Executor | None = None
         self._own: _Slot | None = None
+        self._realm = ""
         self._adopted: dict[str, _Slot] = {}
         # Dead processes' files in which nothing is left to do, as they looked then.
         self._done_with: dict[Path, tuple[int, ...]] = {}
@@ -90,7 +92,7 @@ class SqliteJournal:
     def unusable(self) -> Mapping[str, str]:
         return self._unusable
 
-    async def start(self) -> None:
+    async def start(self, realm: str = "") -> None:
         with self._mutex:
             if self._own is not None:
                 return
@@ -101,6 +103,7 @@ class SqliteJournal:
             await asyncio.shield(asyncio.wrap_future(starting))
             return
         executor = self._runtime.executor()
+        self._realm = realm
         try:
             self._own = await self._take_place(executor)
         except BaseException as error:
@@ -300,6 +303,7 @@ class SqliteJournal:
             if version == 0:
                 for statement in _SCHEMA:
                     connection.execute(statement)
+            self._claim(slot.path, connection)
             return connection.execute(
                 "UPDATE charges SET owner = ?, due_at = ? WHERE closed_at IS NULL", (slot.owner, due_at)
             ).rowcount
@@ -309,6 +313,20 @@ class SqliteJournal:
         except BaseException:
             await slot.release()
             raise
+
+    def _claim(self, path: Path, connection: sqlite3.Connection) -> None:
+        """Make the file our realm's, unless it holds what can only be settled in another."""
+        about = connection.execute("SELECT realm FROM about").fetchone()
+        if about is not None and about[0] == self._realm:
+            return
+        left = connection.execute("SELECT COUNT(*) FROM charges WHERE closed_at IS NULL").fetchone()[0]
+        if about is not None and left:
+            raise JournalError(
+                f"{path} holds {left} unsettled charges that were made at {about[0]}, and this app's credits are at"
+                f" {self._realm}: they wait for an app with those credits on this journal"
+            )
+        connection.execute("DELETE FROM about")
+        connection.execute("INSERT INTO about VALUES (?)", (self._realm,))
 
     async def _give_back(self) -> None:
         """Release adopted files in which nothing is left to do."""

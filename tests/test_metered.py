@@ -18,6 +18,7 @@ from starlette.websockets import WebSocket
 
 from metered_billing import Account, MeteredBillingMiddleware, current_charge, metered, settled
 from metered_billing.charge import MAX_AMOUNT
+from metered_billing.routes import Misregistered, check
 from tests import future_app
 from tests.stand import ANN, GRANTED, Stand, serving
 
@@ -817,3 +818,55 @@ async def test_stream_of_an_endpoint_keeps_its_iterators_own_ways(bench: Stand) 
     assert (await post(app_with(bench, work))).status_code == 200
     assert closed == [True]
     assert await bench.moves() == [("deduction", -2)]
+
+
+async def test_metered_function_as_a_dependency_raises_instead_of_returning_an_answer(bench: Stand) -> None:
+    """A 402 as its return value would let the route run free."""
+    ran = []
+    pay = metered(cost=GRANTED)(_paid)
+
+    async def work(paid: Annotated[None, Depends(pay)]) -> None:
+        ran.append(paid)
+
+    app = app_with(bench, work)
+    assert [(await post(app)).status_code for _ in range(2)] == [200, 402]
+    assert ran == [None]
+
+
+async def _paid() -> None: ...
+
+
+async def test_problem_is_answered_where_no_handlers_are_to_be_seen(bench: Stand) -> None:
+    """Under a router that is no app: as a response, by ourselves."""
+    from starlette.routing import Router
+
+    async def work(request: Request) -> Response:
+        raise AssertionError
+
+    router = Router(routes=[Route("/work", metered(cost=GRANTED + 1)(work), methods=["POST"])])
+    response = await post(MeteredBillingMiddleware(router, **bench.options()))
+    assert (response.status_code, response.json()["shortfall"]) == (402, 1)
+
+
+def test_decoration_of_a_decorated_function_marks_what_it_wraps(bench_app: FastAPI) -> None:
+    """Whichever of them stands at a route by mistake would run free, and is found."""
+
+    def other(fn: Any) -> Any:
+        @functools.wraps(fn)
+        async def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return await fn(*args, **kwargs)
+
+        return wrapper
+
+    @metered(cost=1)
+    @other
+    @bench_app.post("/work")
+    async def work() -> None: ...
+
+    with pytest.raises(Misregistered, match="/work would run free"):
+        check(bench_app, lambda: ANN)
+
+
+@pytest.fixture
+def bench_app() -> FastAPI:
+    return FastAPI()

@@ -1070,3 +1070,54 @@ async def test_response_that_raises_while_it_is_sent_refunds_all(bench: Stand) -
 
     await post(app_with(bench, ten(StreamingResponse(produce(), media_type="text/csv"), on_disconnect="keep")))
     assert await bench.moves() == [("deduction", -10), ("refund", 10)]
+
+
+async def test_client_that_left_is_noticed_through_middleware_around_ours(bench: Stand) -> None:
+    """Each takes a few turns of the event loop to pass on that nobody is there."""
+
+    async def pass_on(request: Request, call_next: Any) -> Response:
+        return await call_next(request)  # type: ignore[no-any-return]
+
+    work = ten(JSONResponse({"results": statuses(10, 0)}))
+    app = Starlette(
+        routes=[Route("/work", work, methods=["POST"])],
+        middleware=[
+            Middleware(BaseHTTPMiddleware, dispatch=pass_on),
+            Middleware(MeteredBillingMiddleware, **bench.options()),
+        ],
+    )
+    async with lifespan(app):
+        connection = Connection(app, "/work")
+        connection.leave()
+        await connection.run()
+    assert await bench.moves() == [("deduction", -10), ("refund", 10)]
+
+
+async def test_client_that_expects_100_continue_is_not_made_to_send(bench: Stand) -> None:
+    """Asking whether it is there would make the server ask for a body that nobody wants."""
+    async with lifespan(app := app_with(bench, ten(JSONResponse({"results": statuses(10, 0)})))):
+        connection = Connection(app, "/work", b"unread")
+        connection.scope["headers"].append((b"expect", b"100-continue"))
+        await connection.run()
+        assert connection._unread
+    assert await bench.moves() == [("deduction", -10)]
+
+
+async def test_stream_of_known_length_is_not_held_back(bench: Stand) -> None:
+    """Its headers go out at once, whenever its first chunk comes."""
+    go = asyncio.Event()
+
+    async def produce() -> AsyncIterator[bytes]:
+        await go.wait()
+        yield b"ab"
+
+    response = StreamingResponse(produce(), headers={"content-length": "2"})
+    async with lifespan(app := app_with(bench, ten(response))):
+        connection = Connection(app, "/work")
+        task = asyncio.create_task(connection.run())
+        while not connection.sent:
+            await asyncio.sleep(0.01)
+        assert [message["type"] for message in connection.sent] == ["http.response.start"]
+        go.set()
+        await task
+    assert await bench.moves() == [("deduction", -10)]

@@ -621,8 +621,6 @@ def test_body_without_a_path_reports_in_results_or_items(body: object) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        {"results": [False, False]},
-        {"results": [False, False, False, False]},
         {"items": ["a", "b", "c"]},
         {"items": [{"id": 1}, {"id": 2}, {"id": 3}]},
         {"items": [False, False, "c"]},
@@ -642,9 +640,18 @@ def test_body_without_a_path_is_counted_by_status(body: object) -> None:
     assert read(body, said=said(THREE, units=1)) == Outcome(2)
 
 
+@pytest.mark.parametrize("name", ["results", "items"])
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_body_without_a_path_of_another_length_is_not_read(name: str, number: int) -> None:
+    """It may well be a report, so that is said; where one unit was paid for, a list is just a list."""
+    outcome = read({name: [False] * number})
+    assert outcome == Outcome(3, mismatch=f"`{name}` does not report on exactly what was paid for, and was not read")
+    assert read({name: [False] * (number + 1)}, paid=Paid(1)) == Outcome(1)
+
+
 def test_body_without_a_path_for_a_mapping_needs_exactly_its_ids() -> None:
     """Other ids, or too few of them, are somebody else's list: the status code decides, and that is said."""
-    unread = "`results` does not report on exactly the items that were paid for: not read"
+    unread = "`results` does not report on exactly what was paid for, and was not read"
     a, b, c, d = ({"id": item, "status": "no" if item == "b" else "ok"} for item in "abcd")
     assert read({"results": [c, a, b]}, paid=ABC) == Outcome(4, ("b",))
     assert read({"results": [a, b]}, paid=ABC) == Outcome(6, mismatch=unread)

@@ -127,6 +127,21 @@ def test_refund_that_is_not_to_be_had_ends(
     assert (span.attributes or {}).get("error.type") == (None if state == "voided" else "refused")
 
 
+def test_refund_that_is_refused_for_its_items_goes_out_without(world: World) -> None:
+    """Their names are for people; the credits go back all the same, under the same key."""
+    world.bank.faults["refund"] = [Fault(Refused("HTTP 413 body-too-large"))]
+
+    async def main() -> None:
+        await world.serve()
+        await settled()
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    ((found, _),) = final(world)
+    assert found == "settled"
+    assert calls(world) == ["deduct", "refund", "refund"]
+
+
 def test_void_that_is_refused_is_disputed(world: World) -> None:
     """The service understood, and said no: nothing more is sent."""
     world.bank.faults.update(deduct=[LOST], void=[Fault(Refused("no"))])

@@ -2,12 +2,13 @@
 
 import functools
 import inspect
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from typing import Any, ParamSpec, Protocol, TypeVar, overload
 
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import FileResponse
 from starlette.types import Message
 from starlette.websockets import WebSocket
 
@@ -109,7 +110,8 @@ def metered(
         # FastAPI reads its parameters from here; `wraps` alone would leave it unevaluated annotations.
         charged.__signature__ = terms.offer.signature  # type: ignore[attr-defined]
         setattr(charged, METERED, terms)
-        endpoint.__dict__[METERED_BY] = charged
+        for plain in _wrapped(endpoint):
+            plain.__dict__[METERED_BY] = charged
         return charged
 
     return decorate
@@ -192,6 +194,7 @@ class Terms:
                 # Not the client's trouble: its work is done. A person looks at the charge.
                 exchange.raised = f"the outcomes function raised {type(error).__name__}"
                 exchange.billing.telemetry.log(names.LOG_READER_RAISED, charge.record, exc_info=error)
+        exchange.streams = hasattr(returned, "body_iterator") or isinstance(returned, FileResponse)
         if hasattr(returned, "body_iterator"):
             returned.body_iterator = _Watched(returned.body_iterator, exchange)
         return returned
@@ -305,6 +308,15 @@ class _Watched:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._iterable, name)
+
+
+def _wrapped(endpoint: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """The endpoint, and what it wraps: any of them may be what is registered by mistake."""
+    while True:
+        yield endpoint
+        if not hasattr(endpoint, "__wrapped__"):
+            return
+        endpoint = endpoint.__wrapped__
 
 
 def _request(exchange: Exchange) -> Request:

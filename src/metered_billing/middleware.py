@@ -7,7 +7,7 @@ are not resolved here and request bodies are not read: the framework has done bo
 
 import asyncio
 import re
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -43,6 +43,9 @@ OnUnavailable = Literal["reject"]
 SCOPE_KEY = "metered_billing"
 
 _VISIBLE = re.compile(r"[\x21-\x7e]{1,255}")
+_TURNS = 8
+"""Turns of the event loop that a `receive` is given to answer: each middleware around it takes a few."""
+
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
 EXCHANGE: ContextVar["Exchange | None"] = ContextVar("metered_billing_exchange", default=None)
@@ -158,7 +161,7 @@ class Exchange:
     """One request and its response.
 
     `send` is what the app sends through. It holds back the start of a response whose length is known, until
-    the outcome is: so that the headers can tell. It never holds back a stream.
+    the outcome is: so that the headers can tell. It never holds back what is streamed.
     """
 
     __slots__ = (
@@ -181,6 +184,7 @@ class Exchange:
         "raised",
         "report",
         "scope",
+        "streams",
     )
 
     def __init__(self, billing: MeteredBillingMiddleware, scope: Scope, receive: Receive, send: Send) -> None:
@@ -234,6 +238,7 @@ class Exchange:
         self._over = False
         self._broken = False
         self._left = False
+        self.streams = False
         self.failed: str | None = None
         self.report: Report | None = None
         self.raised: str | None = None
@@ -288,7 +293,7 @@ class Exchange:
                 self._billing.max_body_bytes,
             )
         self._held = message
-        if b"content-length" not in headers and self._status not in (204, 205, 304):
+        if self.streams or (b"content-length" not in headers and self._status not in (204, 205, 304)):
             await self._release_start(charge, None)
 
     def _feed(self, chunk: bytes, charge: Charge) -> None:
@@ -311,7 +316,7 @@ class Exchange:
             self._on_disconnect == "refund"
             and not isinstance(self._reader, LineReader)
             and charge.amount_credits > 0
-            and await _has_left(self._receive)
+            and await self._has_left()
         )
         event = self._refund_all("the client left before the answer") if left else self._outcome(charge)
         await self._billing.biller.conclude(charge, event)
@@ -319,6 +324,26 @@ class Exchange:
         await self._out(message)
         self._over = True
         self._billing.biller.release(charge, event)
+
+    async def _has_left(self) -> bool:
+        """Whether the client has left, without waiting for it to."""
+        if any(name == b"expect" for name, _ in self.scope["headers"]):
+            return False  # asking would make the server ask for the body that nobody wanted
+        for _ in range(100):  # what is left of the request's body comes first
+            message: asyncio.Future[Message] = asyncio.ensure_future(self._receive())
+            try:
+                for _ in range(_TURNS):
+                    if message.done():
+                        break
+                    await asyncio.sleep(0)
+            finally:
+                if not message.done():
+                    message.cancel()
+            if not message.done() or message.cancelled() or message.exception() is not None:
+                return False
+            if message.result()["type"] == "http.disconnect":
+                return True
+        return False
 
     async def _release_start(self, charge: Charge, event: Event | None) -> None:
         """Send the start, if it is held still, with the headers that can be known by now."""
@@ -411,22 +436,6 @@ def _headers(charge: Charge, event: Event | None) -> list[tuple[bytes, bytes]]:
         if charge.balance is not None:
             headers.append((b"credits-balance", str(charge.balance + refunded).encode()))
     return headers
-
-
-async def _has_left(receive: Receive) -> bool:
-    """Whether the client has left, without waiting for it to."""
-    for _ in range(100):  # what is left of the request's body comes first
-        message: asyncio.Future[MutableMapping[str, Any]] = asyncio.ensure_future(receive())
-        try:
-            await asyncio.wait({message}, timeout=0)
-        finally:
-            if not message.done():
-                message.cancel()
-        if not message.done() or message.cancelled() or message.exception() is not None:
-            return False
-        if message.result()["type"] == "http.disconnect":
-            return True
-    return False
 
 
 def _text(header: bytes | None) -> str | None:

@@ -1,8 +1,10 @@
 """How a billing error is answered, and how OpenAPI tells of it: RFC 9457 problem details."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
@@ -13,18 +15,35 @@ MEDIA_TYPE = "application/problem+json"
 
 
 def answer(error: BillingError, scope: Scope) -> Response:
-    """The error as a response.
+    """Raise the error, to be answered by the app's handler for it, or by ours.
+
+    Raised and not returned, because the caller may be a dependency or another route, which would go on with a
+    response as if it were a result, and run free.
+
+    Returns:
+        The response, where there are no exception handlers to be seen.
 
     Raises:
-        BillingError: The same error, where the app has registered a handler for it: then that answers.
+        BillingError: The same error.
     """
-    if _handled_by_the_app(error, scope):
-        raise error
+    handlers = scope.get("starlette.exception_handlers")
+    if handlers is None:
+        return _response(error)
+    by_class, by_status = handlers
+    if not _handled_by_the_app(error, by_class, by_status):
+        by_class[type(error)] = _handle
+    raise error
+
+
+def _response(error: BillingError) -> Response:
     return JSONResponse(error.problem(), error.status_code, headers=error.headers, media_type=MEDIA_TYPE)
 
 
-def _handled_by_the_app(error: BillingError, scope: Scope) -> bool:
-    by_class, by_status = scope.get("starlette.exception_handlers", ({}, {}))
+async def _handle(request: Request, error: BillingError) -> Response:
+    return _response(error)
+
+
+def _handled_by_the_app(error: BillingError, by_class: Mapping[Any, object], by_status: Mapping[int, object]) -> bool:
     handler = by_status.get(error.status_code)
     if handler is None:
         handler = next((by_class[kind] for kind in type(error).__mro__ if kind in by_class), None)

@@ -28,7 +28,9 @@ from metered_billing.charge import (
     NotSent,
     NoVoid,
     Record,
+    RefundAnswer,
     Refunded,
+    Refused,
     State,
     Unanswered,
     Voided,
@@ -251,7 +253,7 @@ class Settler:
         try:
             answer: Event | NoVoid | Unanswered
             if record.state is State.REFUNDING:
-                answer = await self._credits.refund(record)
+                answer = await self._refund(record)
             else:
                 answer = await self._credits.void(record)
             if isinstance(answer, NoVoid):
@@ -263,6 +265,13 @@ class Settler:
             # A bug in a backend must not lose the refund, nor stand in the way of others.
             self._telemetry.log(names.LOG_BUG, record, exc_info=error)
             return Unanswered(f"{type(error).__name__} in the credits backend")
+
+    async def _refund(self, record: Record) -> RefundAnswer:
+        answer = await self._credits.refund(record)
+        if isinstance(answer, Refused) and record.refund_items:
+            # Perhaps for the names of its items: how many, or what is in them. The credits go back without.
+            return await self._credits.refund(replace(record, refund_items=()))
+        return answer
 
     async def _undo_without_void(self, record: Record) -> Event | Unanswered:
         """Send the very same deduction again under its key: a transaction that comes back can be refunded.

@@ -260,21 +260,24 @@ class TestDeductionAnswers:
         assert isinstance(CONTRACT.read_deduction(record(), answer(200, body)), Unknown)
 
     @pytest.mark.parametrize(
-        ("body", "balance"),
+        ("body", "balance", "certain"),
         [
-            ({"required": 10, "balance": 7}, 7),
-            ({"balance": 0}, 0),
-            ({"balance": -1}, None),
-            ({"balance": True}, None),
-            ({"balance": "7"}, None),
-            ({}, None),
-            (None, None),
-            ([7], None),
+            ({"required": 10, "balance": 7}, 7, True),
+            ({"required": 10}, None, True),
+            ({"balance": 0}, 0, True),
+            ({"balance": -1}, None, True),
+            ({"balance": True}, None, True),
+            ({"balance": "7"}, None, True),
+            ({}, None, False),
+            (None, None, False),
+            ([7], None, False),
         ],
     )
-    def test_declined(self, body: Any, balance: int | None) -> None:
-        """402 is a decline, with the balance where it can be read."""
-        assert CONTRACT.read_deduction(record(), answer(402, body)) == Declined(balance, certain=True)
+    def test_declined(self, body: Any, balance: int | None, certain: bool) -> None:
+        """402 is a decline, with the balance where it can be read; in a proxy's words it is in doubt."""
+        assert CONTRACT.read_deduction(record(), answer(402, body)) == Declined(balance, certain=certain)
+        own = CONTRACT.read_deduction(record(), problem(402, "insufficient-credits"))
+        assert own == Declined(None, certain=True)
 
     def test_declined_where_declines_are_forgotten(self) -> None:
         """A service that forgets declines may take a late copy after all."""

@@ -185,9 +185,12 @@ class Contract:
                 return Unknown(f"broken reply ({reply})")
             return Deducted(answer.transaction_id, answer.balance)
         if reply.status == 402:
-            balance = reply.body.get("balance") if isinstance(reply.body, dict) else None
+            said = reply.body if isinstance(reply.body, dict) else {}
+            balance = said.get("balance")
             held = balance if type(balance) is int and balance >= 0 else None
-            return Declined(held, certain=self.remembers_declines)
+            # A proxy's 402 says nothing of the deduction behind it: the client hears it, and a void makes sure.
+            own_words = reply.problem == "insufficient-credits" or not said.keys().isdisjoint(("balance", "required"))
+            return Declined(held, certain=self.remembers_declines and own_words)
         if reply.status == 409 and reply.problem == "charge-voided":
             return Unknown("it was voided before it arrived")
         # An answer of the 4xx kind says that we asked wrongly; what asks for patience does not.

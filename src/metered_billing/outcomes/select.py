@@ -87,21 +87,26 @@ def entries_without_path(body: object, paid: Paid) -> list[Entry] | None:
     where there are as many as units were paid for, or exactly the ids: any other list is a list of things.
 
     Raises:
-        Unfitting: It looks like a report on the items of a mapping, but not on all of them.
+        Unfitting: It looks like a report, but not on all that was paid for.
     """
-    if isinstance(body, dict):
-        for name in ("results", "items"):
-            listed = body.get(name)
-            if isinstance(listed, dict):
-                listed = list(listed.values())
-            if isinstance(listed, list) and all(map(_is_report, listed)):
-                if listed and not any(map(_is_outcome, listed)):
-                    continue
-                entries = list(map(entry, listed))
-                if _fits(entries, paid):
-                    return entries
-                if listed and paid.by_item is not None:
-                    raise Unfitting(f"`{name}` does not report on exactly the items that were paid for: not read")
+    if not isinstance(body, dict):
+        return None
+    unfitting: str | None = None
+    for name in ("results", "items"):
+        listed = body.get(name)
+        if isinstance(listed, dict):
+            listed = list(listed.values())
+        if not isinstance(listed, list) or not all(map(_is_report, listed)):
+            continue
+        if listed and not any(map(_is_outcome, listed)):
+            continue
+        entries = list(map(entry, listed))
+        if _fits(entries, paid):
+            return entries
+        if listed and (paid.by_item is not None or paid.units > 1):
+            unfitting = unfitting or f"`{name}` does not report on exactly what was paid for, and was not read"
+    if unfitting is not None:
+        raise Unfitting(unfitting)
     return None
 
 

@@ -822,7 +822,7 @@ async def test_stream_of_an_endpoint_keeps_its_iterators_own_ways(bench: Stand) 
 
 async def test_metered_function_as_a_dependency_raises_instead_of_returning_an_answer(bench: Stand) -> None:
     """A 402 as its return value would let the route run free."""
-    ran = []
+    ran: list[None] = []
     pay = metered(cost=GRANTED)(_paid)
 
     async def work(paid: Annotated[None, Depends(pay)]) -> None:

@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# One more than there are cores: some tests wait for processes.
+WORKERS ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
 
 # uv when pip can fetch it (14 s from nothing), else pip itself (a minute).
 define install
@@ -37,12 +39,12 @@ demo: $(VENV)/.demo ## Run the main job: a credits service, an app, real picture
 	@$(BIN)/python -m examples.fastapi_app.run
 
 test: $(VENV)/.dev $(VENV)/.demo check ## All checks and all tests but the long simulations
-	$(BIN)/python -m pytest -n auto --dist loadgroup --cov --cov-report=term
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --cov --cov-report=term
 	@# Where money is decided, every branch has a test.
 	$(BIN)/coverage report --fail-under=100 --include='*/charge.py,*/outcomes/*,*/biller.py,*/settler.py,*/metered.py,*/middleware.py'
 
 quick: $(VENV)/.dev ## The everyday tests, in under two minutes
-	$(BIN)/python -m pytest -n auto -m "not slow" -q
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" -q
 
 check: $(VENV)/.dev ## Lint and types
 	$(BIN)/ruff check .

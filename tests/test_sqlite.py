@@ -1,6 +1,7 @@
 """One SQLite file: group commit, order, rollbacks, and what becomes of those who wait."""
 
 import asyncio
+import gc
 import resource
 import sqlite3
 import subprocess
@@ -353,3 +354,15 @@ async def test_injected_executor_runs_everything_in_the_callers_thread(tmp_path:
     assert not future.done()
     await future
     await file.close()
+
+
+async def test_file_that_is_let_go_of_is_closed(tmp_path: Path) -> None:
+    """An app that was never shut down leaves no connection to be warned of."""
+    file = SqliteFile(tmp_path / "notes.db", "", one_thread())
+    await file.run(lambda connection: connection.execute("SELECT 1").fetchone())
+    connection = file._connection
+    assert connection is not None
+    del file
+    gc.collect()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
+        connection.execute("SELECT 1")

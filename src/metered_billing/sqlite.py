@@ -86,6 +86,12 @@ class SqliteFile:
                 self._refuse(StorageError(f"{self.path.name}: {error}"))
         return future
 
+    def __del__(self) -> None:
+        # An app that was never shut down (a test client without a lifespan, say) just lets go of it.
+        if getattr(self, "_connection", None) is not None:
+            with contextlib.suppress(Exception):
+                self._disconnect()
+
     def close(self, then: Callable[[], None] | None = None) -> asyncio.Future[None]:
         """Finish what is waiting, then close the file. The next `run` opens it again.
 

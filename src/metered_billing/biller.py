@@ -175,7 +175,7 @@ class Biller:
         """Take the price of `paid` from the account, before the route runs.
 
         Returns:
-            The charge, deducted and on record. Whoever gets it calls `conclude` or `finish`, then `release`.
+            The charge, deducted and on record. Whoever gets it calls `conclude` before the last byte, then `release`.
 
         Raises:
             InsufficientCredits: The account holds too little; nothing moved.

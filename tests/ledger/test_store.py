@@ -376,3 +376,13 @@ class TestTransactions:
         assert await ledger.find("acme", "charge-1") == transaction_id
         for key in ("declined", "granted-alice-100", "nope"):
             assert await ledger.find("acme", key) is None
+
+
+async def test_ledger_whose_file_was_removed_moves_nothing(tmp_path: Path) -> None:
+    """What is written to a file without a name would be gone with the process."""
+    ledger = Ledger(tmp_path / "credits.db")
+    await granted(ledger, 100)
+    (tmp_path / "credits.db").unlink()
+    with pytest.raises(LedgerNotOpened, match="was removed while it was in use: restart"):
+        await ledger.deduct(deduct(10))
+    await ledger.close()

@@ -198,13 +198,19 @@ class Ledger:
                 self._lock.release()
 
     async def _run(self, work: Callable[[SqliteBooks], T], *, durable: bool) -> T:
+        def operation(connection: sqlite3.Connection) -> T:
+            if durable and not self._file.in_place():
+                # What is written to a file without a name is gone with this process.
+                raise LedgerNotOpened(f"{self.path} was removed while it was in use: restart")
+            return work(SqliteBooks(connection))
+
         with self._mutex:
             self._calls += 1
         try:
             # A loop, because a `close` may come between the two; and a forked child holds no lock.
             while not (self._prepared and self._lock.held):
                 await self.start()
-            return await self._file.run(lambda connection: work(SqliteBooks(connection)), durable=durable)
+            return await self._file.run(operation, durable=durable)
         except StorageError as error:
             raise LedgerNotOpened(str(error)) from error
         except sqlite3.IntegrityError as error:

@@ -3,9 +3,15 @@
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.stand import Stand, stand
+
+
+# A busy machine is no failure: what an example takes is not what it is tried for.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,8 @@ import pytest
 
 from tests.stand import Stand, stand
 
-
 # A busy machine is no failure: what an example takes is not what it is tried for.
-hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("patient")
 
 

@@ -358,10 +358,12 @@ async def test_injected_executor_runs_everything_in_the_callers_thread(tmp_path:
 
 async def test_file_that_is_let_go_of_is_closed(tmp_path: Path) -> None:
     """An app that was never shut down leaves no connection to be warned of."""
-    file = SqliteFile(tmp_path / "notes.db", "", one_thread())
+    thread = one_thread()
+    file = SqliteFile(tmp_path / "notes.db", "", thread)
     await file.run(lambda connection: connection.execute("SELECT 1").fetchone())
     connection = file._connection
     assert connection is not None
+    thread.shutdown(wait=True)  # it may hold on to what it did last
     del file
     gc.collect()
     with pytest.raises(sqlite3.ProgrammingError, match="closed database"):

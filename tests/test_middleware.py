@@ -139,6 +139,9 @@ async def test_exception_refunds_all(bench: Stand, error: Exception) -> None:
     """A route that raises is not paid for, whoever answers for it."""
     await post(app_with(bench, ten(error)))
     assert await bench.moves() == [("deduction", -10), ("refund", 10)]
+    [_, refund] = await bench.entries()
+    status = getattr(error, "status_code", None)
+    assert refund["reason"] == (f"status {status}" if status else "exception ValueError")
 
 
 async def test_exception_seen_from_outside_everything_settles_once(bench: Stand) -> None:

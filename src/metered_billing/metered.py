@@ -206,8 +206,10 @@ class Terms:
             return await run_in_threadpool(self._endpoint, *args, **kwargs)
         except Exception as error:
             # Also where a handler of the app's then answers 200. A redirect is an answer like any other.
-            if not isinstance(error, HTTPException) or error.status_code >= 400:
+            if not isinstance(error, HTTPException):
                 exchange.failed = f"exception {type(error).__name__}"
+            elif error.status_code >= 400:
+                exchange.failed = f"status {error.status_code}"
             raise
 
     async def _charge(self, exchange: Exchange, arguments: Mapping[str, Any], request: Request) -> Charge:

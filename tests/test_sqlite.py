@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from metered_billing import sqlite as module
+from metered_billing import commits as module
+from metered_billing.commits import StorageError
 from metered_billing.runtime import one_thread
-from metered_billing.sqlite import SqliteFile, StorageError
+from metered_billing.sqlite import SqliteFile
 from tests.fakes import Inline
 
 SCHEMA = "CREATE TABLE IF NOT EXISTS notes (n INTEGER PRIMARY KEY)"

@@ -5,10 +5,13 @@ can run the whole library under a virtual clock and a seeded random source.
 """
 
 import asyncio
+import sqlite3
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
@@ -33,6 +36,27 @@ def one_thread() -> Executor:
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="metered-billing")
 
 
+def connect_sqlite(path: Path) -> sqlite3.Connection:
+    """A connection for whichever thread writes; what begins and ends a transaction, it leaves to us."""
+    return sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+
+
+def every_so_often(interval_s: float, call: Callable[[], None]) -> Callable[[], None]:
+    """Call it again and again from a thread of its own, which a blocked event loop does not hold up.
+
+    Returns:
+        What stops it.
+    """
+    stopped = threading.Event()
+
+    def beat() -> None:
+        while not stopped.wait(interval_s):
+            call()
+
+    threading.Thread(target=beat, name="metered-billing heartbeat", daemon=True).start()
+    return stopped.set
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
     """The world, as seen by the library.
@@ -43,7 +67,9 @@ class Runtime:
         sleep: Waits, in seconds.
         random: For jitter; never for ids or secrets.
         new_id: Ids of charges and ledger entries.
-        executor: Makes the one thread that a SQLite file is written by.
+        executor: Makes the one thread that a database is written by.
+        connect: Opens a SQLite file: the edge to the disk.
+        every: Calls something every so many seconds, until what it returns is called.
     """
 
     now: Callable[[], float] = time.time
@@ -52,3 +78,5 @@ class Runtime:
     random: Random = field(default_factory=Random)
     new_id: Callable[[], str] = new_uuid7
     executor: Callable[[], Executor] = one_thread
+    connect: Callable[[Path], sqlite3.Connection] = connect_sqlite
+    every: Callable[[float, Callable[[], None]], Callable[[], None]] = every_so_often

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from metered_billing import sqlite as sqlite_module
+from metered_billing import commits
 from metered_billing.charge import FINAL, MAX_AMOUNT, Account, Record, State
 from metered_billing.journal import JournalError, body_of, record_of
 from metered_billing.journal import lock as lock_module
@@ -771,7 +771,7 @@ async def test_lock_that_the_file_system_refuses_is_a_clear_error(
 
 async def test_full_queue_is_a_journal_error(journal: SqliteJournal, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused at once, not queued."""
-    monkeypatch.setattr(sqlite_module, "MAX_WAITING", 0)
+    monkeypatch.setattr(commits, "MAX_WAITING", 0)
     with pytest.raises(JournalError, match="waiting already"):
         journal.open(charge(journal))
 

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from metered_billing.charge import Record
+from metered_billing.commits import StorageError
 from metered_billing.journal import JournalError, body_of, record_of
 from metered_billing.journal.lock import FileLock, call_in_forked_child
 from metered_billing.runtime import Executor, Runtime
-from metered_billing.sqlite import SqliteFile, StorageError
+from metered_billing.sqlite import SqliteFile
 
 T = TypeVar("T")
 
@@ -287,7 +288,9 @@ class SqliteJournal:
     def _lock(self, path: Path, executor: Executor) -> "_Slot | None":
         """The file under our lock, or None where a living process has it."""
         lock = FileLock.take(path.with_suffix(".lock"))
-        return None if lock is None else _Slot(path, lock, SqliteFile(path, "", executor), self._runtime.new_id())
+        if lock is None:
+            return None
+        return _Slot(path, lock, SqliteFile(path, "", executor, self._runtime.connect), self._runtime.new_id())
 
     async def _take_over(self, slot: "_Slot", now: float | None = None) -> int:
         """Make the unsettled charges of a file ours, and due. Returns how many. Releases it if that fails."""

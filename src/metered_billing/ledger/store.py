@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+from metered_billing.commits import StorageError
 from metered_billing.ledger.answers import Answer, Page
 from metered_billing.ledger.books import SqliteBooks, entry_body, prepare
 from metered_billing.ledger.commands import Command, Deduct, Grant, Refund, Void
@@ -15,7 +16,7 @@ from metered_billing.ledger.failures import LedgerCorrupt, LedgerError, LedgerNo
 from metered_billing.ledger.owner import OwnerLock
 from metered_billing.ledger.rules import Entry, Stamp, decide
 from metered_billing.runtime import Runtime
-from metered_billing.sqlite import SqliteFile, StorageError
+from metered_billing.sqlite import SqliteFile
 
 T = TypeVar("T")
 
@@ -40,7 +41,7 @@ class Ledger:
         self._runtime = runtime or Runtime()
         if not isinstance(file, SqliteFile):
             # Resolved, so that two names of one file meet at one lock.
-            file = SqliteFile(Path(file).resolve(), "", self._runtime.executor())
+            file = SqliteFile(Path(file).resolve(), "", self._runtime.executor(), self._runtime.connect)
         self._file = file
         self._lock = OwnerLock(file.path)
         self._mutex = threading.Lock()

@@ -1,11 +1,13 @@
 """What all tests share."""
 
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 
+from tests import postgres
 from tests.stand import Stand, stand
 
 # A busy machine is no failure: what an example takes is not what it is tried for.
@@ -24,6 +26,24 @@ async def bench(tmp_path: Path) -> AsyncIterator[Stand]:
     """Credits, a journal and telemetry to try an app on."""
     async with stand(tmp_path) as bench:
         yield bench
+
+
+@pytest.fixture(scope="session")
+def pg_server() -> Iterator[str]:
+    """The URL of a real PostgreSQL server."""
+    with contextlib.ExitStack() as stack:
+        try:
+            url = stack.enter_context(postgres.running())
+        except postgres.NoPostgres as error:
+            pytest.skip(str(error))
+        yield url
+
+
+@pytest.fixture
+def pg_url(pg_server: str) -> Iterator[str]:
+    """The URL of an empty PostgreSQL database of the test's own."""
+    with postgres.new_database(pg_server) as url:
+        yield url
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -441,3 +441,14 @@ def test_reported_with_very_long_ids_names_the_first() -> None:
     assert named == items[: len(named)]
     assert 100 < len(named) < 1000
     assert sum(len(item.encode()) for item in named) <= MAX_ITEMS_BYTES
+
+
+def test_history_tells_what_happened_and_when() -> None:
+    """Each step is kept, oldest first, for whoever asks later."""
+    deducted = step(OPENED, Deducted("tx"), now=201.0)
+    refunding = step(deducted, Reported(8, ("a", "b")), now=202.0)
+    assert step(refunding, Refunded("re"), now=203.0).history == (
+        ("deducted", 201.0),
+        ("some failed", 202.0),
+        ("refunded", 203.0),
+    )

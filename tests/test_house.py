@@ -13,7 +13,7 @@ SOURCE = Path(metered_billing.__file__).parent
 
 FLOORS = [
     {"charge", "runtime"},
-    {"commits", "errors", "outcomes", "choosing", "sqlite", "routes"},
+    {"commits", "errors", "outcomes", "choosing", "sqlite", "postgres", "schemas", "routes"},
     {"telemetry", "ledger", "journal", "credits"},
     {"settings", "loops", "settler", "problems"},
     {"biller"},
@@ -23,7 +23,20 @@ FLOORS = [
 ]
 """From the ground up: a room imports from its own floor and from those below."""
 
-APART = {"service": {"charge", "commits", "errors", "runtime", "sqlite", "ledger", "telemetry", "service"}}
+APART = {
+    "service": {
+        "charge",
+        "commits",
+        "errors",
+        "runtime",
+        "schemas",
+        "sqlite",
+        "postgres",
+        "ledger",
+        "telemetry",
+        "service",
+    }
+}
 """The credits service knows nothing of the biller, nor of the middleware."""
 
 

@@ -122,6 +122,8 @@ class Record:
         declined_at: When a resent deduction was declined by a service that has no voids and forgets
             declines; see `Settler._undo_without_void`.
         closed_at: When it became final.
+        history: What has happened to it, oldest first: the row of `TRANSITIONS`, and when (seconds since
+            the epoch). For people to read; nothing is decided by it.
     """
 
     id: str
@@ -142,6 +144,7 @@ class Record:
     due_at: float = 0.0
     declined_at: float | None = None
     closed_at: float | None = None
+    history: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         # `type` and not `isinstance`: True is an int, and no amount.
@@ -416,12 +419,16 @@ def step(record: Record, event: Event, *, now: float) -> Record:
     Raises:
         ImpossibleEvent: The table has no such row; nothing changed.
     """
+    occasion = event.occasion_for(record)
     try:
-        state = TRANSITIONS[record.state][event.occasion_for(record)]
+        state = TRANSITIONS[record.state][occasion]
     except KeyError:
         raise ImpossibleEvent(f"charge {record.id} is {record.state}; {event!r} cannot happen to it") from None
     closed_at = now if state in FINAL else None
-    return replace(record, state=state, tries=0, due_at=now, closed_at=closed_at, **event.changes(record))
+    history = (*record.history, (occasion, now))
+    return replace(
+        record, state=state, tries=0, due_at=now, closed_at=closed_at, history=history, **event.changes(record)
+    )
 
 
 def orphaned(record: Record) -> Event | None:

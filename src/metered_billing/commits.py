@@ -27,6 +27,10 @@ class StorageError(Exception):
     """The database could not be written or read; the operation did not happen, unless said otherwise."""
 
 
+class ConnectionLost(StorageError):
+    """The database cannot be reached, or not any more; nothing of the transaction happened."""
+
+
 class CommitUnknown(StorageError):
     """The connection broke while it committed: whether the operation happened is unknown."""
 
@@ -131,7 +135,7 @@ class GroupCommit(Generic[C]):
         """Run the operations in one transaction, and commit it.
 
         Raises:
-            CommitUnknown: It may be committed.
+            ConnectionLost, CommitUnknown: See there.
             BaseException: All of it is rolled back.
         """
         raise NotImplementedError  # an engine's
@@ -165,8 +169,8 @@ class GroupCommit(Generic[C]):
     def _commit(self, batch: list[Waiting[C]]) -> list[Outcome]:
         try:
             outcomes = self._transaction(batch)
-        except CommitUnknown as error:
-            # Once more could be twice.
+        except (ConnectionLost, CommitUnknown) as error:
+            # One by one, each would wait for the same database; or, once more could be twice.
             return [(None, error)] * len(batch)
         except BaseException as error:
             if len(batch) == 1:

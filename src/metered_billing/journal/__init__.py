@@ -121,6 +121,7 @@ def body_of(record: Record) -> str:
         "reason": record.reason,
         "traceparent": record.traceparent,
         "declined_at": record.declined_at,
+        "history": record.history or None,
     }
     return json.dumps({key: value for key, value in body.items() if value is not None}, separators=(",", ":"))
 
@@ -162,6 +163,7 @@ def record_of(
             due_at=due_at,
             declined_at=fields.get("declined_at"),
             closed_at=closed_at,
+            history=tuple((str(occasion), float(at)) for occasion, at in fields.get("history", ())),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise JournalError(f"charge {charge_id} cannot be read: {error!r}") from error

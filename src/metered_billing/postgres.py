@@ -1,0 +1,185 @@
+"""PostgreSQL as the journal and the ledger use it: one connection, one thread, group commit.
+
+Synchronous psycopg in a thread of ours, so that what runs in a transaction is the same plain functions as on
+SQLite. Whatever becomes of this process or of the network, the server ends its transaction within seconds:
+one that is stopped in the middle (SIGSTOP, a frozen host) holds no lock that the others wait for. Settings are
+made in each transaction and not for the session, so that PgBouncer in transaction mode may stand in between.
+"""
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+
+from metered_billing.commits import CommitUnknown, ConnectionLost, GroupCommit, Outcome, StorageError, Waiting
+from metered_billing.runtime import Runtime
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+
+CONNECT_WITHIN_S = 3
+"""How long connecting may take, per address."""
+
+STUCK_AFTER_S = 15.0
+"""A connection that keeps us waiting for so long is broken off; the server gives up before that."""
+
+TRIES = 3
+"""How often a transaction is tried that another one got in the way of."""
+
+_BEGIN: Final = (
+    "BEGIN ISOLATION LEVEL READ COMMITTED;"
+    " SET LOCAL idle_in_transaction_session_timeout = '5s';"
+    " SET LOCAL lock_timeout = '5s';"
+    " SET LOCAL statement_timeout = '10s';"
+    " SET LOCAL synchronous_commit = {};"
+    " SET LOCAL search_path = {}"
+)
+
+# Another transaction was in the way: this one is rolled back, and may go through now.
+_IN_THE_WAY: Final = (
+    psycopg.errors.SerializationFailure,
+    psycopg.errors.DeadlockDetected,
+    psycopg.errors.LockNotAvailable,
+    psycopg.errors.UniqueViolation,
+)
+
+
+class PostgresDatabase(GroupCommit[Connection]):
+    """A PostgreSQL database, which other processes may use at the same time.
+
+    Args:
+        url: `postgresql://user@host:port/database`, or whatever else libpq takes.
+        schema: The tables' PostgreSQL schema, so that they are in nobody's way.
+        application_name: What `pg_stat_activity` calls the connection.
+
+    Raises:
+        ValueError: It is no such URL; the text shows nothing of it.
+    """
+
+    def __init__(
+        self, url: str, runtime: Runtime, *, schema: str = "metered_billing", application_name: str = "metered-billing"
+    ) -> None:
+        self._parameters = _parameters(url) | {"application_name": application_name}
+        if not schema.isidentifier() or not schema.isascii():
+            raise ValueError("a PostgreSQL schema is named by letters, digits and underscores")
+        self.place = place(self._parameters)
+        super().__init__(self.place, runtime.executor())
+        self._runtime = runtime
+        self._schema = schema
+        self._connection: Connection | None = None
+        self._busy_since: float | None = None
+        self._stop_watching: Callable[[], None] | None = None
+
+    def shutdown(self) -> None:
+        """Let the thread end once it has nothing to do any more."""
+        self._executor.shutdown(wait=False)
+
+    # Below: in the thread.
+
+    def _transaction(self, batch: list[Waiting[Connection]]) -> list[Outcome]:
+        for _ in range(TRIES - 1):
+            with contextlib.suppress(*_IN_THE_WAY):
+                return self._try(batch)
+        return self._try(batch)
+
+    def _try(self, batch: list[Waiting[Connection]]) -> list[Outcome]:
+        self._busy_since = self._runtime.monotonic()
+        try:
+            connection = self._begin("on" if any(waiting.durable for waiting in batch) else "off")
+            try:
+                results = [waiting.operation(connection) for waiting in batch]
+            except BaseException as error:
+                self._roll_back(connection)
+                if connection.closed and isinstance(error, psycopg.Error):
+                    # Its transaction is gone with it, or will be.
+                    raise ConnectionLost(f"{self.place}: {_first_line(error)}") from error
+                raise
+            self._finish(connection)
+        finally:
+            self._busy_since = None
+        return [(result, None) for result in results]
+
+    def _begin(self, synchronous_commit: str) -> Connection:
+        begin = _BEGIN.format(synchronous_commit, self._schema)
+        if self._connection is not None:
+            try:
+                self._connection.execute(begin)
+                return self._connection
+            except psycopg.Error:
+                # The server was restarted since: nothing has begun, so a new connection is as good.
+                self._disconnect()
+        try:
+            connection = self._connect()
+            connection.execute(begin)
+        except psycopg.Error as error:
+            self._disconnect()
+            raise ConnectionLost(f"{self.place} cannot be reached: {_first_line(error)}") from error
+        return connection
+
+    def _connect(self) -> Connection:
+        connection = psycopg.connect(**self._parameters, autocommit=True)
+        self._connection = connection
+        if self._stop_watching is None:
+            self._stop_watching = self._runtime.every(STUCK_AFTER_S / 3, self._break_off_if_stuck)
+        return connection
+
+    def _finish(self, connection: Connection) -> None:
+        try:
+            done = connection.execute("COMMIT").statusmessage
+        except psycopg.Error as error:
+            if connection.closed:
+                self._disconnect()
+                raise CommitUnknown(f"{self.place}: the connection broke while committing") from error
+            raise
+        if done != "COMMIT":  # an operation has swallowed an error: all of it is rolled back
+            raise StorageError(f"{self.place}: the transaction was rolled back")
+
+    def _roll_back(self, connection: Connection) -> None:
+        try:
+            connection.execute("ROLLBACK")
+        except psycopg.Error:
+            self._disconnect()
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if self._stop_watching is not None:
+            self._stop_watching()
+            self._stop_watching = None
+        if connection is not None:
+            with contextlib.suppress(psycopg.Error):
+                connection.close()
+
+    # In the heartbeat's thread.
+
+    def _break_off_if_stuck(self) -> None:
+        """End a wait for a server that is stopped: libpq itself would wait for as long as the host lives."""
+        since, connection = self._busy_since, self._connection
+        if since is None or connection is None or self._runtime.monotonic() - since < STUCK_AFTER_S:
+            return
+        with contextlib.suppress(psycopg.Error, OSError), socket.socket(fileno=os.dup(connection.fileno())) as waiting:
+            waiting.shutdown(socket.SHUT_RDWR)
+
+
+def place(parameters: Mapping[str, Any]) -> str:
+    """Where a database is, without user and password: what may stand in logs."""
+    host = parameters.get("host") or parameters.get("hostaddr") or "localhost"
+    return f"postgresql://{host}:{parameters.get('port') or 5432}/{parameters.get('dbname') or ''}"
+
+
+def _parameters(url: str) -> dict[str, Any]:
+    try:
+        given = conninfo_to_dict(url)
+    except psycopg.Error:
+        given = {}
+    if not url.startswith(("postgresql://", "postgres://")) or not given:
+        raise ValueError("a PostgreSQL database is named by postgresql://user@host:port/database")
+    # A host that is gone without a word is noticed within half a minute.
+    patience = {"connect_timeout": CONNECT_WITHIN_S, "keepalives_idle": 10, "keepalives_interval": 5}
+    return patience | {"keepalives_count": 3, "tcp_user_timeout": 15_000} | given
+
+
+def _first_line(error: psycopg.Error) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,11 +1,15 @@
 """Settings: from words to clients and journals."""
 
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 from pydantic import SecretStr, ValidationError
 
 from metered_billing import HttpCredits, Settings, SqlCredits
+from metered_billing.journal.postgres import PostgresJournal
 from metered_billing.journal.sqlite import SqliteJournal
 from metered_billing.runtime import Runtime
 from metered_billing.settings import open_credits, open_journal
@@ -54,7 +58,13 @@ def test_journal_of_a_directory(place: str | Path) -> None:
     assert isinstance(open_journal(place, Runtime()), SqliteJournal)
 
 
-@pytest.mark.parametrize("place", ["", "redis://user:hunter2@host", "postgresql://user:hunter2@host/db"])
+@pytest.mark.parametrize("scheme", ["postgresql", "postgres"])
+def test_journal_of_a_database(scheme: str) -> None:
+    """Its URL; nothing is connected by that."""
+    assert isinstance(open_journal(f"{scheme}://user:hunter2@host/db", Runtime()), PostgresJournal)
+
+
+@pytest.mark.parametrize("place", ["", "redis://user:hunter2@host", "postgresql://user:hunter2@host/db?nonsense=1"])
 def test_journal_of_what_is_no_directory_is_refused_without_its_secrets(place: str) -> None:
     """Likewise."""
     with pytest.raises(ValueError) as error:
@@ -68,3 +78,21 @@ def test_settings_cannot_be_changed_and_do_not_show_the_token() -> None:
     assert "hunter2" not in repr(settings)
     with pytest.raises(ValidationError):
         settings.journal = "elsewhere"
+
+
+def test_database_without_its_driver_says_what_to_install() -> None:
+    """And only who names a database needs the driver."""
+    code = """
+        import sys
+        sys.modules["psycopg"] = None
+        from metered_billing.runtime import Runtime
+        from metered_billing.settings import open_journal
+        open_journal("directory", Runtime())
+        try:
+            open_journal("postgresql://user:hunter2@host/db", Runtime())
+        except ImportError as error:
+            print(error)
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert "pip install 'metered-billing[postgres]'" in run.stdout
+    assert "hunter2" not in run.stdout

@@ -60,7 +60,7 @@ class MeteredBillingMiddleware:
             `METERED_BILLING_CREDITS`.
         account: Says who pays: its parameters are chosen by name, `request` or an argument of the route, and it
             returns an `Account` or None (401). Without it every route needs its own.
-        journal: The directory of the journal; by default `METERED_BILLING_JOURNAL`, then
+        journal: The directory of the journal, or `postgresql://…`; by default `METERED_BILLING_JOURNAL`, then
             `metered-billing-journal`.
         on_disconnect: What happens to the charge when the client has left before the answer.
         on_unavailable: What happens to requests while credits cannot be deducted; only "reject" (503) so far.

@@ -3,37 +3,48 @@
 Synchronous psycopg in a thread of ours, so that what runs in a transaction is the same plain functions as on
 SQLite. Whatever becomes of this process or of the network, the server ends its transaction within seconds:
 one that is stopped in the middle (SIGSTOP, a frozen host) holds no lock that the others wait for. Settings are
-made in each transaction and not for the session, so that PgBouncer in transaction mode may stand in between.
+made in each transaction and not for the session, and no statement is prepared, so that PgBouncer in transaction
+mode may stand in between.
 """
 
 import contextlib
 import os
 import socket
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-import psycopg
-from psycopg.conninfo import conninfo_to_dict
+try:
+    import psycopg
+    from psycopg.conninfo import conninfo_to_dict
+except ImportError as error:  # it is not there, or finds no libpq
+    raise ImportError(
+        f"PostgreSQL needs psycopg ({error}): pip install 'metered-billing[postgres]'", name=error.name
+    ) from error
 
 from metered_billing.commits import CommitUnknown, ConnectionLost, GroupCommit, Outcome, StorageError, Waiting
 from metered_billing.runtime import Runtime
 
 Connection = psycopg.Connection[tuple[Any, ...]]
+DatabaseError = psycopg.Error
 
 CONNECT_WITHIN_S = 3
 """How long connecting may take, per address."""
 
-STUCK_AFTER_S = 15.0
-"""A connection that keeps us waiting for so long is broken off; the server gives up before that."""
+STUCK_AFTER_S = 9.0
+"""An operation that keeps us waiting for so long is broken off; the server gives up before that."""
+
+LOOK_EVERY_S = 1.0
+"""How often it is looked whether one is."""
 
 TRIES = 3
 """How often a transaction is tried that another one got in the way of."""
 
 _BEGIN: Final = (
     "BEGIN ISOLATION LEVEL READ COMMITTED;"
-    " SET LOCAL idle_in_transaction_session_timeout = '5s';"
-    " SET LOCAL lock_timeout = '5s';"
-    " SET LOCAL statement_timeout = '10s';"
+    " SET LOCAL idle_in_transaction_session_timeout = '4s';"
+    " SET LOCAL lock_timeout = '5s';"  # longer: whoever holds it and is stopped has been ended by then
+    " SET LOCAL statement_timeout = '8s';"
     " SET LOCAL synchronous_commit = {};"
     " SET LOCAL search_path = {}"
 )
@@ -71,7 +82,13 @@ class PostgresDatabase(GroupCommit[Connection]):
         self._schema = schema
         self._connection: Connection | None = None
         self._busy_since: float | None = None
-        self._stop_watching: Callable[[], None] | None = None
+        self._stop_watching: Callable[[], object] | None = None
+
+    def __del__(self) -> None:
+        # An app that was never shut down (a test client without a lifespan, say) just lets go of it.
+        if getattr(self, "_connection", None) is not None:
+            with contextlib.suppress(Exception):
+                self._disconnect()
 
     def shutdown(self) -> None:
         """Let the thread end once it has nothing to do any more."""
@@ -86,23 +103,28 @@ class PostgresDatabase(GroupCommit[Connection]):
         return self._try(batch)
 
     def _try(self, batch: list[Waiting[Connection]]) -> list[Outcome]:
-        self._busy_since = self._runtime.monotonic()
         try:
             connection = self._begin("on" if any(waiting.durable for waiting in batch) else "off")
             try:
-                results = [waiting.operation(connection) for waiting in batch]
+                results = [self._timed(waiting.operation, connection) for waiting in batch]
             except BaseException as error:
                 self._roll_back(connection)
                 if connection.closed and isinstance(error, psycopg.Error):
                     # Its transaction is gone with it, or will be.
-                    raise ConnectionLost(f"{self.place}: {_first_line(error)}") from error
+                    raise ConnectionLost(f"{self.place}: {first_line(error)}") from error
                 raise
             self._finish(connection)
         finally:
             self._busy_since = None
         return [(result, None) for result in results]
 
+    def _timed(self, operation: Callable[[Connection], Any], connection: Connection) -> Any:
+        # Each has its own time: ten thousand of them take theirs, though none is stuck.
+        self._busy_since = self._runtime.monotonic()
+        return operation(connection)
+
     def _begin(self, synchronous_commit: str) -> Connection:
+        self._busy_since = self._runtime.monotonic()
         begin = _BEGIN.format(synchronous_commit, self._schema)
         if self._connection is not None:
             try:
@@ -116,17 +138,25 @@ class PostgresDatabase(GroupCommit[Connection]):
             connection.execute(begin)
         except psycopg.Error as error:
             self._disconnect()
-            raise ConnectionLost(f"{self.place} cannot be reached: {_first_line(error)}") from error
+            raise ConnectionLost(f"{self.place} cannot be reached: {first_line(error)}") from error
         return connection
 
     def _connect(self) -> Connection:
-        connection = psycopg.connect(**self._parameters, autocommit=True)
+        connection = psycopg.connect(**self._parameters, autocommit=True, prepare_threshold=None)
         self._connection = connection
         if self._stop_watching is None:
-            self._stop_watching = self._runtime.every(STUCK_AFTER_S / 3, self._break_off_if_stuck)
+            this = weakref.ref(self)  # a thread must not keep alive what nobody else does
+
+            def watch() -> None:
+                database = this()
+                if database is not None:
+                    database._break_off_if_stuck()
+
+            self._stop_watching = weakref.finalize(self, self._runtime.every(LOOK_EVERY_S, watch))
         return connection
 
     def _finish(self, connection: Connection) -> None:
+        self._busy_since = self._runtime.monotonic()
         try:
             done = connection.execute("COMMIT").statusmessage
         except psycopg.Error as error:
@@ -178,8 +208,9 @@ def _parameters(url: str) -> dict[str, Any]:
         raise ValueError("a PostgreSQL database is named by postgresql://user@host:port/database")
     # A host that is gone without a word is noticed within half a minute.
     patience = {"connect_timeout": CONNECT_WITHIN_S, "keepalives_idle": 10, "keepalives_interval": 5}
-    return patience | {"keepalives_count": 3, "tcp_user_timeout": 15_000} | given
+    return patience | {"keepalives_count": 3, "tcp_user_timeout": int(STUCK_AFTER_S * 1000)} | given
 
 
-def _first_line(error: psycopg.Error) -> str:
+def first_line(error: psycopg.Error) -> str:
+    """What it says, without the context that may quote what was written."""
     return (str(error).splitlines() or [type(error).__name__])[0]

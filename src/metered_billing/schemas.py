@@ -78,7 +78,9 @@ def prepare_postgres(connection: "Connection", schema: Schema, *, migrate: bool 
     # Only where they are missing: afterwards the role needs no right to create anything.
     if connection.execute("SELECT to_regclass('versions')").fetchone() == (None,):
         where = connection.execute("SHOW search_path").fetchone() or ("",)
-        connection.execute(f"CREATE SCHEMA IF NOT EXISTS {where[0]}".encode())
+        # IF NOT EXISTS would ask for the right to create one, also where somebody has made it for us.
+        if connection.execute("SELECT to_regnamespace(%s)", where).fetchone() == (None,):
+            connection.execute(f"CREATE SCHEMA {where[0]}".encode())
         connection.execute("CREATE TABLE IF NOT EXISTS versions (what text PRIMARY KEY, version int NOT NULL)")
     row = connection.execute("SELECT version FROM versions WHERE what = %s", (schema.what,)).fetchone()
     found = 0 if row is None else int(row[0])

@@ -16,6 +16,7 @@ from metered_billing.runtime import Runtime
 from metered_billing.telemetry import Telemetry
 
 SQLITE = "sqlite:///"
+POSTGRES = ("postgresql://", "postgres://")
 
 
 class Settings(BaseSettings):
@@ -24,7 +25,7 @@ class Settings(BaseSettings):
     Attributes:
         credits: Where credits are kept: `http(s)://…`, or `sqlite:///credits.db` for a ledger in this process.
         token: The credits service's bearer token.
-        journal: The directory of the journal (a path, or `sqlite:///DIRECTORY`).
+        journal: The directory of the journal (a path, or `sqlite:///DIRECTORY`), or `postgresql://…`.
     """
 
     model_config = SettingsConfigDict(env_prefix="METERED_BILLING_", extra="ignore", frozen=True)
@@ -55,13 +56,21 @@ def open_journal(place: str | Path, runtime: Runtime) -> Journal:
 
     Raises:
         ValueError: It is not a place that a journal can be kept in.
+        ImportError: PostgreSQL, without `metered-billing[postgres]`.
     """
     if isinstance(place, Path):
         return SqliteJournal(place, runtime=runtime)
     if place.startswith(SQLITE):
         return SqliteJournal(unquote(place.removeprefix(SQLITE)), runtime=runtime)
+    if place.startswith(POSTGRES):
+        # Only here: it needs a driver that apps with a directory need not have.
+        from metered_billing.journal.postgres import PostgresJournal
+
+        return PostgresJournal(place, runtime=runtime)
     if "://" in place or not place:
-        raise ValueError(f"journal must be a directory, or a sqlite:///DIRECTORY URL; this is {_kind(place)}")
+        raise ValueError(
+            f"journal must be a directory, or a sqlite:///DIRECTORY or postgresql:// URL; this is {_kind(place)}"
+        )
     return SqliteJournal(place, runtime=runtime)
 
 

@@ -1,7 +1,7 @@
 """The journal: charges that are not final yet, durable, so that whatever dies, somebody goes on.
 
 Here is what the biller asks of any journal, and how a record is written down. `sqlite.SqliteJournal` keeps
-one file a process in a directory.
+one file a process in a directory; `postgres.PostgresJournal` keeps the charges of several machines in a database.
 """
 
 import json

@@ -1,12 +1,16 @@
 """What all tests share."""
 
 import contextlib
+import os
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 
+from metered_billing import cli
 from tests import postgres
 from tests.stand import Stand, stand
 
@@ -44,6 +48,33 @@ def pg_url(pg_server: str) -> Iterator[str]:
     """The URL of an empty PostgreSQL database of the test's own."""
     with postgres.new_database(pg_server) as url:
         yield url
+
+
+class Run:
+    """The outcome of a command."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+    """Run a command in this process, in an empty directory and environment."""
+    for name in [name for name in os.environ if name.startswith("METERED_BILLING")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str, **environment: str) -> Run:
+        monkeypatch.setattr(sys, "argv", ["metered-billing", *arguments])
+        with monkeypatch.context() as patched:
+            for name, value in environment.items():
+                patched.setenv(f"METERED_BILLING_{name}", value)
+            with pytest.raises(SystemExit) as left:
+                cli.main()
+        captured = capsys.readouterr()
+        return Run(int(left.value.code or 0), captured.out, captured.err)
+
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

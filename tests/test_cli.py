@@ -1,7 +1,6 @@
 """The command line, as people run it: what it prints, what it does, and how it ends."""
 
 import json
-import os
 import re
 import signal
 import sys
@@ -14,39 +13,11 @@ from typing import Any
 import httpx
 import pytest
 
-from metered_billing import cli
 from metered_billing.cli import terminal
 
 from .serving import free_port, start_service
 
 ADMIN = {"Authorization": "Bearer admins"}
-
-
-class Run:
-    """The outcome of a command."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
-    """Run a command in this process, in an empty directory and environment."""
-    for name in [name for name in os.environ if name.startswith("METERED_BILLING")]:
-        monkeypatch.delenv(name)
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str, **environment: str) -> Run:
-        monkeypatch.setattr(sys, "argv", ["metered-billing", *arguments])
-        with monkeypatch.context() as patched:
-            for name, value in environment.items():
-                patched.setenv(f"METERED_BILLING_{name}", value)
-            with pytest.raises(SystemExit) as left:
-                cli.main()
-        captured = capsys.readouterr()
-        return Run(int(left.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture(scope="module")

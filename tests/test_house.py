@@ -13,7 +13,7 @@ SOURCE = Path(metered_billing.__file__).parent
 
 FLOORS = [
     {"charge", "runtime"},
-    {"commits", "errors", "outcomes", "choosing", "sqlite", "postgres", "schemas", "routes"},
+    {"commits", "errors", "outcomes", "explain", "reconcile", "choosing", "sqlite", "postgres", "schemas", "routes"},
     {"telemetry", "ledger", "journal", "credits"},
     {"settings", "loops", "settler", "problems"},
     {"biller"},

@@ -183,12 +183,22 @@ def test_metrics_are_on_the_page_with_units_and_attributes() -> None:
 # cli.md
 
 
-@pytest.mark.parametrize("command", ["serve", "grant", "balance", "transactions"])
+def command_named(name: str) -> Any:
+    found: Any = typer.main.get_command(command_line)
+    for word in name.split():
+        found = found.commands[word]
+    return found
+
+
+COMMANDS = ["serve", "grant", "balance", "transactions", "charges list", "charges show", "explain"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_options_are_on_the_page(command: str) -> None:
     """With their defaults and variables."""
     made = {
         option.opts[0]: (option.envvar or "", str(option.default) if option.default not in (None, False) else "")
-        for option in typer.main.get_command(command_line).commands[command].params  # type: ignore[attr-defined]
+        for option in command_named(command).params
         if option.opts[0].startswith("--") and option.opts[0] != "--help"
     }
     page = Page(REFERENCE / "cli.md")

@@ -10,8 +10,9 @@ import typer
 import uvicorn
 
 from metered_billing.charge import MAX_AMOUNT
-from metered_billing.cli import terminal
+from metered_billing.cli import charges, terminal
 from metered_billing.cli.failure import Failure
+from metered_billing.cli.options import AnyUser, AsJson, CreditsUrl, Tenant, Token, User
 from metered_billing.cli.source import Document, Source, open_source
 from metered_billing.credits.sql import sqlite_path
 from metered_billing.ledger import Ledger, LedgerError
@@ -30,22 +31,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-CreditsUrl = Annotated[
-    str | None,
-    typer.Option(
-        "--credits",
-        envvar="METERED_BILLING_CREDITS",
-        help="A running service (http://127.0.0.1:8080), or a ledger that none has open (sqlite:///credits.db).",
-    ),
-]
-Token = Annotated[
-    str | None,
-    typer.Option(envvar="METERED_BILLING_TOKEN", help="The service's token; grants need an admin's."),
-]
-Tenant = Annotated[str, typer.Option(help="Whose account.")]
-User = Annotated[str | None, typer.Option(help="The tenant's user; without one, its shared pool.")]
-AnyUser = Annotated[str | None, typer.Option(help="Only this user's; without one, all of the tenant's.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, as the credits API has it.")]
+app.add_typer(charges.app, name="charges")
+app.command()(charges.explain)
 
 
 @app.command()

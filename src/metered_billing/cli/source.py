@@ -7,10 +7,14 @@ from typing import Any, Protocol
 import httpx
 
 from metered_billing.cli.failure import Failure
+from metered_billing.credits.contract import segment
 from metered_billing.credits.sql import sqlite_path
+from metered_billing.errors import TYPE_PREFIX
 from metered_billing.ledger import Grant, Ledger, LedgerError, LedgerNotOpened
 
 TIMEOUT_S = 10.0
+
+NOT_FOUND = f"{TYPE_PREFIX}not-found"
 
 Document = Mapping[str, Any]
 
@@ -22,7 +26,11 @@ class Source(Protocol):
 
     async def balance(self, tenant: str, user: str | None) -> Document: ...
 
-    async def transactions(self, tenant: str, user: str | None, limit: int) -> Document: ...
+    async def transactions(self, tenant: str, user: str | None, limit: int, cursor: str | None = None) -> Document: ...
+
+    async def transaction(self, transaction_id: str) -> Document | None:
+        """None where there is none."""
+        ...
 
 
 @asynccontextmanager
@@ -64,11 +72,16 @@ class _Service:
     async def balance(self, tenant: str, user: str | None) -> Document:
         return await self._call("GET", "/v1/balance", params=_params(tenant_id=tenant, user_id=user))
 
-    async def transactions(self, tenant: str, user: str | None, limit: int) -> Document:
-        params = _params(tenant_id=tenant, user_id=user, limit=limit)
+    async def transactions(self, tenant: str, user: str | None, limit: int, cursor: str | None = None) -> Document:
+        params = _params(tenant_id=tenant, user_id=user, limit=limit, cursor=cursor)
         return await self._call("GET", "/v1/transactions", params=params)
 
-    async def _call(self, method: str, path: str, **content: Any) -> Document:
+    async def transaction(self, transaction_id: str) -> Document | None:
+        document = await self._call("GET", f"/v1/transactions/{segment(transaction_id)}", absent=NOT_FOUND)
+        return None if document.get("type") == NOT_FOUND else document
+
+    async def _call(self, method: str, path: str, *, absent: str | None = None, **content: Any) -> Document:
+        """The JSON of the answer. `absent`: the type of a problem that is an answer, too."""
         base = self._client.base_url
         where = f"{base.scheme}://{base.netloc.decode()}"  # without a password, if the URL has one
         try:
@@ -85,6 +98,8 @@ class _Service:
             raise Failure(why, in_doubt=True)
         if response.status_code == 401:
             raise Failure(f"{where} does not accept the token: set METERED_BILLING_TOKEN or --token.")
+        if absent is not None and document.get("type") == absent:
+            return document
         if not response.is_success:
             why = str(document.get("detail") or f"{where} answers {response.status_code}.")
             raise Failure(why, in_doubt=response.is_server_error)
@@ -110,9 +125,12 @@ class _File:
     async def balance(self, tenant: str, user: str | None) -> Document:
         return {"balance": await self._ledger.balance(tenant, user)}
 
-    async def transactions(self, tenant: str, user: str | None, limit: int) -> Document:
-        page = await self._ledger.transactions(tenant, user, limit=limit)
+    async def transactions(self, tenant: str, user: str | None, limit: int, cursor: str | None = None) -> Document:
+        page = await self._ledger.transactions(tenant, user, limit=limit, cursor=cursor)
         return {"items": page.items, "next_cursor": page.next_cursor}
+
+    async def transaction(self, transaction_id: str) -> Document | None:
+        return await self._ledger.transaction(transaction_id)
 
 
 def _client(url: str, token: str | None) -> httpx.AsyncClient:

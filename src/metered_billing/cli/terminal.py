@@ -47,6 +47,22 @@ def credits_in_words(amount: int) -> str:
     return f"{amount:,} credit" if amount == 1 else f"{amount:,} credits"
 
 
+def say_facts(facts: Iterable[tuple[str, str]]) -> None:
+    """Print a word and a text a line, the texts one below the other."""
+    lines = [(clean(word), clean(text)) for word, text in facts]
+    width = max((len(word) for word, _ in lines), default=0)
+    for word, text in lines:
+        _console().print(Text(f"{word:<{width}}  {text}"), soft_wrap=True)
+
+
+def show(table: Table, note: str | None = None) -> None:
+    """Print a table, and a note below it."""
+    console = _console()
+    console.print(table)
+    if note is not None:
+        console.print(Text(note, style="dim"))
+
+
 def show_transactions(entries: Sequence[Entry], *, more: bool) -> None:
     """Print the entries, newest first, each deduction with what came back of it right below."""
     table = Table(box=None, header_style="dim", pad_edge=False)
@@ -58,10 +74,7 @@ def show_transactions(entries: Sequence[Entry], *, more: bool) -> None:
     table.add_column("transaction", no_wrap=True)
     for entry, below in arranged(entries):
         table.add_row(*_cells(entry, below), style=_STYLES.get(str(entry["kind"]), ""))
-    console = _console()
-    console.print(table)
-    if more:
-        console.print(Text("There are older ones: raise --limit.", style="dim"))
+    show(table, "There are older ones: raise --limit." if more else None)
 
 
 def arranged(entries: Sequence[Entry]) -> list[tuple[Entry, bool]]:
@@ -113,4 +126,4 @@ def _why(entry: Entry) -> str:
 
 def _console() -> Console:
     # In a pipe there is no width to fit: lines stay whole, for grep.
-    return Console(width=None if sys.stdout.isatty() else 200)
+    return Console(width=None if sys.stdout.isatty() else 1_000)

@@ -160,7 +160,7 @@ class Contract:
         if record.refund_items:
             body["items"] = list(record.refund_items[:MAX_ITEMS])
         return Call(
-            "POST", f"/v1/deductions/{_segment(record.transaction_id or '')}/refunds", body, key=record.refund_key
+            "POST", f"/v1/deductions/{segment(record.transaction_id or '')}/refunds", body, key=record.refund_key
         )
 
     def void(self, record: Record) -> Call | None:
@@ -248,7 +248,7 @@ def _account(record: Record) -> dict[str, str]:
     return {"tenant_id": account.tenant_id} | ({} if account.user_id is None else {"user_id": account.user_id})
 
 
-def _segment(text: str) -> str:
+def segment(text: str) -> str:
     """One segment of a path, whatever the text holds."""
     # A lone `..` would be resolved before it is sent: what is left is another call's path.
     return quote(text, safe="") if text.strip(".") else "%2E" * len(text)

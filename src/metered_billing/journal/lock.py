@@ -36,6 +36,25 @@ class FileLock:
             raise
         return cls(path, descriptor)
 
+    @classmethod
+    def held(cls, path: Path) -> bool:
+        """Whether somebody living has the lock. Asking takes it for an instant, shared, and makes no file.
+
+        Raises:
+            OSError: The lock file cannot be read.
+        """
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
     def in_place(self) -> bool:
         """Whether whoever asks for the lock meets this one: not if its file was removed."""
         if self._descriptor is None:

@@ -1,0 +1,81 @@
+"""Options that several commands have, and how their texts are read."""
+
+import re
+import time
+from datetime import UTC, datetime
+from typing import Annotated
+
+import typer
+from pydantic import SecretStr
+
+from metered_billing.cli.failure import Failure
+from metered_billing.journal.reading import JournalReader, SqliteReader
+from metered_billing.settings import SQLITE, Settings
+
+ATTENTION = 3
+"""The exit code of a command that did what it was asked for, and found what somebody has to see to."""
+
+JOURNAL = str(Settings.model_fields["journal"].default)
+
+CreditsUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--credits",
+        envvar="METERED_BILLING_CREDITS",
+        help="A running service (http://127.0.0.1:8080), or a ledger that none has open (sqlite:///credits.db).",
+    ),
+]
+Token = Annotated[
+    str | None,
+    typer.Option(envvar="METERED_BILLING_TOKEN", help="The service's token; grants need an admin's."),
+]
+Tenant = Annotated[str, typer.Option(help="Whose account.")]
+User = Annotated[str | None, typer.Option(help="The tenant's user; without one, its shared pool.")]
+AnyUser = Annotated[str | None, typer.Option(help="Only this user's; without one, all of the tenant's.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, as the credits API has it.")]
+Journal = Annotated[
+    str,
+    typer.Option(envvar="METERED_BILLING_JOURNAL", help="The app's journal: a directory."),
+]
+AnyTenant = Annotated[str | None, typer.Option(help="Only this tenant's.")]
+Since = Annotated[
+    str | None, typer.Option(help="Only what was opened since: 30m, 24h, 7d, 2026-11-25, 2026-11-25T09:30:00Z.")
+]
+
+_AGO = re.compile(r"(\d{1,6})([smhd])")
+_SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+
+
+def read_since(text: str | None, *, now: float | None = None) -> float | None:
+    """Seconds since the epoch.
+
+    Raises:
+        Failure: It is no time.
+    """
+    if text is None:
+        return None
+    if ago := _AGO.fullmatch(text):
+        return (time.time() if now is None else now) - int(ago[1]) * _SECONDS[ago[2]]
+    try:
+        at = datetime.fromisoformat(text)
+        return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        raise Failure("--since: write 30m, 24h, 7d, 2026-11-25 or 2026-11-25T09:30:00Z.", 2) from None
+
+
+def open_reader(place: str, *, realm: str | None = None) -> JournalReader:
+    """A journal, to be looked into.
+
+    Raises:
+        Failure: It is not a place that a journal can be kept in.
+    """
+    if place.startswith(SQLITE):
+        place = place.removeprefix(SQLITE)
+    if "://" in place or not place:
+        raise Failure("--journal: a directory, or a sqlite:///DIRECTORY URL.", 2)
+    return SqliteReader(place, realm=realm)
+
+
+def secret(token: str | None) -> SecretStr | None:
+    """A token that does not show in texts."""
+    return None if token is None else SecretStr(token)

@@ -209,7 +209,7 @@ class PostgresJournal:
                 place.beat()
             return opened
 
-        return _opened(record.id, place.run(insert))
+        return _opened(record.id, place.name, place.queue(insert))
 
     def write(self, before: Record, after: Record, *, durable: bool) -> Awaitable[bool]:
         place = self._taken()
@@ -308,10 +308,17 @@ class _Place:
         self._stop_beating: Callable[[], object] = lambda: None
         self.owner = ""
 
+    @property
+    def name(self) -> str:
+        return self._database.place
+
     def run(self, operation: Callable[[Connection], T], *, durable: bool = True) -> Awaitable[T]:
         # Not a coroutine: the write must be in the queue when this returns.
+        return _translated(self.name, self.queue(operation, durable=durable))
+
+    def queue(self, operation: Callable[[Connection], T], *, durable: bool = True) -> "asyncio.Future[T]":
         try:
-            return _translated(self._database.place, self._database.run(operation, durable=durable))
+            return self._database.run(operation, durable=durable)
         except StorageError as error:
             raise JournalError(str(error)) from error
 
@@ -353,7 +360,7 @@ class _Place:
         try:
             prepare_postgres(connection, SCHEMA)
         except SchemaMismatch as error:
-            raise JournalError(f"{self._database.place}: {error}") from error
+            raise JournalError(f"{self.name}: {error}") from error
         self._take(connection, cut_off=False)
 
     def renew(self, connection: Connection) -> bool:
@@ -414,8 +421,8 @@ async def _translated(place: str, future: "asyncio.Future[T]") -> T:
         raise JournalError(str(error)) from error
 
 
-async def _opened(charge_id: str, written: Awaitable[bool]) -> None:
-    if not await written:
+async def _opened(charge_id: str, place: str, written: "asyncio.Future[bool]") -> None:
+    if not await _translated(place, written):
         raise JournalError(
             f"charge {charge_id} was not put on record: this process was not heard of for {LEASE_S:.0f} s, or its"
             " journal was closed, so that its place was given to others"

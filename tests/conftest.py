@@ -77,6 +77,20 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     return run
 
 
+@pytest.fixture(scope="session")
+def pg_shared(pg_server: str) -> Iterator[str]:
+    """The URL of a database for many tests, one after another."""
+    with postgres.new_database(pg_server) as url:
+        yield url
+
+
+@pytest.fixture
+def pg_clean(pg_shared: str) -> str:
+    """The URL of a database without tables of ours; made faster than a new one."""
+    postgres.no_tables(pg_shared)
+    return pg_shared
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow ones first, so that no worker begins one when the others are done."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)

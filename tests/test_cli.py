@@ -14,6 +14,8 @@ import httpx
 import pytest
 
 from metered_billing.cli import terminal
+from metered_billing.ledger import postgres_books
+from metered_billing.schemas import Schema
 
 from .serving import free_port, start_service
 
@@ -113,13 +115,66 @@ class TestFile:
         assert "No such file" in done.err
 
 
+class TestPostgres:
+    def test_grant_then_balance_without_a_service(self, run: Any, pg_clean: str) -> None:
+        """The same commands, beside whatever services run on the database."""
+        assert run("grant", "--tenant", "acme", "--reason", "x", "5", CREDITS=pg_clean).out.endswith("5 credits now\n")
+        assert run("balance", "--tenant", "acme", CREDITS=pg_clean).out == "acme (shared pool): 5 credits\n"
+        assert "grant" in run("transactions", "--tenant", "acme", CREDITS=pg_clean).out
+
+    def test_migrate_makes_the_tables_and_then_has_nothing_to_do(self, run: Any, pg_clean: str) -> None:
+        """Exit code 0 both times, so that each deployment may run it."""
+        for outcome in ("made, schema version 1", "schema version 1, nothing to do"):
+            done = run("migrate", "--database", pg_clean, "--journal", pg_clean)
+            assert (done.code, done.out) == (0, f"ledger: {outcome}\njournal: {outcome}\n")
+        done = run("migrate", "--database", "sqlite:///credits.db", JOURNAL="directory")
+        assert (done.code, done.out.count("not in PostgreSQL")) == (0, 2)
+
+    def test_migrate_says_from_which_version_to_which(
+        self, run: Any, pg_clean: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And fails where a later release has been."""
+        run("migrate", "--database", pg_clean)
+        earlier, step = postgres_books.SCHEMA, ("ALTER TABLE accounts ADD COLUMN note text",)
+        with monkeypatch.context() as patched:
+            patched.setattr(postgres_books, "SCHEMA", Schema("ledger", (*earlier.steps, step)))
+            done = run("migrate", "--database", pg_clean)
+            assert (done.code, done.out) == (0, "ledger: migrated from schema version 1 to 2\n")
+        done = run("migrate", "--database", pg_clean)
+        assert (done.code, "upgrade metered-billing" in done.err) == (1, True)
+
+    @pytest.mark.parametrize(
+        "command", [["migrate", "--database"], ["serve", "--database"], ["balance", "--tenant", "x", "--credits"]]
+    )
+    def test_database_that_is_not_there(self, run: Any, command: list[str]) -> None:
+        """One sentence, exit code 1, and no password."""
+        done = run(*command, "postgresql://ann:hunter2@127.0.0.1:1/credits", TOKENS="t=*")
+        assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
+        assert "postgresql://127.0.0.1:1/credits cannot be reached" in done.err
+        assert "hunter2" not in done.err
+
+    @pytest.mark.parametrize(
+        "command", [["migrate", "--database"], ["serve", "--database"], ["balance", "--tenant", "x", "--credits"]]
+    )
+    def test_missing_driver_is_one_sentence(
+        self, run: Any, monkeypatch: pytest.MonkeyPatch, command: list[str]
+    ) -> None:
+        """It says what to install."""
+        for module in ("metered_billing.postgres", "metered_billing.ledger.postgres"):
+            monkeypatch.delitem(sys.modules, module, raising=False)
+        monkeypatch.setitem(sys.modules, "psycopg", None)
+        done = run(*command, "postgresql://ann:hunter2@host/credits", TOKENS="t=*")
+        assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
+        assert "pip install 'metered-billing[postgres]'" in done.err
+
+
 class TestUsage:
     @pytest.mark.parametrize(
         ("arguments", "sentence"),
         [
             (["balance", "--tenant", "acme"], "Say where the credits are"),
-            (["balance", "--tenant", "acme", "--credits", "ftp://x"], "not a SQLite ledger"),
-            (["balance", "--tenant", "acme", "--credits", "postgresql://x"], "through its service"),
+            (["balance", "--tenant", "acme", "--credits", "ftp://x"], "not a ledger"),
+            (["balance", "--tenant", "acme", "--credits", "postgresql://x?nonsense=1"], "a PostgreSQL database is"),
             (["balance", "--tenant", "acme", "--credits", "http://x:y"], "cannot be sent"),
             (["balance", "--tenant", "acme", "--credits", "http://x", "--token", "é"], "cannot be sent"),
             (["grant", "--tenant", "a\nb", "--reason", "x", "1", "--credits", "sqlite:///c.db"], "tenant_id"),
@@ -129,6 +184,8 @@ class TestUsage:
             (["dance"], "dance"),
             (["serve"], 'METERED_BILLING_TOKENS="SECRET=admin"'),
             (["serve", "--tokens-file", "nope"], "No such file"),
+            (["migrate"], "--database URL, --journal URL"),
+            (["migrate", "--database", "postgresql://x?nonsense=1"], "--database: a PostgreSQL database is"),
             (["serve", "--port", "70000"], "port"),
         ],
     )
@@ -139,10 +196,13 @@ class TestUsage:
         assert sentence in done.err
         assert "Traceback" not in done.err
 
-    def test_serve_on_postgresql_says_what_it_can(self, run: Any) -> None:
-        """Until there is such a ledger."""
-        done = run("serve", "--database", "postgresql://x", TOKENS="t=*")
-        assert (done.code, "sqlite:///" in done.err) == (2, True)
+    @pytest.mark.parametrize("url", ["ftp://x", "postgresql://ann:hunter2@x?nonsense=1"])
+    def test_serve_on_something_else(self, run: Any, url: str) -> None:
+        """It says what it can serve on, and shows no password."""
+        done = run("serve", "--database", url, TOKENS="t=*")
+        assert (done.code, done.err.startswith("metered-billing: --database: ")) == (2, True)
+        assert "postgresql://" in done.err
+        assert "hunter2" not in done.err
 
     def test_service_that_is_not_there(self, run: Any) -> None:
         """Exit code 1. For a grant: how to repeat it without granting twice."""

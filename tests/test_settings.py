@@ -27,6 +27,7 @@ def opened(url: str, token: str | None = None) -> object:
         ("https://credits.internal/base", HttpCredits),
         ("HTTPS://credits.internal", HttpCredits),
         ("sqlite:///credits.db", SqlCredits),
+        ("postgresql://user:hunter2@host/db", SqlCredits),
     ],
 )
 def test_credits_of_a_url(url: str, kind: type) -> None:
@@ -36,7 +37,13 @@ def test_credits_of_a_url(url: str, kind: type) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["credits.db", "ftp://user:hunter2@host", "postgresql://user:hunter2@host/db", "http://", "http://u:hunter2@h/"],
+    [
+        "credits.db",
+        "ftp://user:hunter2@host",
+        "postgresql://user:hunter2@host/db?nonsense=1",
+        "http://",
+        "http://u:hunter2@h/",
+    ],
 )
 def test_credits_of_what_is_no_url_is_refused_without_its_secrets(url: str) -> None:
     """The error names the kind of URL, never what stands in it."""
@@ -86,13 +93,19 @@ def test_database_without_its_driver_says_what_to_install() -> None:
         import sys
         sys.modules["psycopg"] = None
         from metered_billing.runtime import Runtime
-        from metered_billing.settings import open_journal
+        from metered_billing.settings import open_credits, open_journal
+        from metered_billing.telemetry import Telemetry
         open_journal("directory", Runtime())
-        try:
-            open_journal("postgresql://user:hunter2@host/db", Runtime())
-        except ImportError as error:
-            print(error)
+        open_credits("sqlite:///credits.db", None, Runtime(), Telemetry())
+        for attempt in (
+            lambda url: open_journal(url, Runtime()),
+            lambda url: open_credits(url, None, Runtime(), Telemetry()),
+        ):
+            try:
+                attempt("postgresql://user:hunter2@host/db")
+            except ImportError as error:
+                print(error)
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
-    assert "pip install 'metered-billing[postgres]'" in run.stdout
+    assert run.stdout.count("pip install 'metered-billing[postgres]'") == 2
     assert "hunter2" not in run.stdout

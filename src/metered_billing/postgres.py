@@ -12,7 +12,7 @@ import os
 import socket
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 try:
     import psycopg
@@ -24,9 +24,14 @@ except ImportError as error:  # it is not there, or finds no libpq
 
 from metered_billing.commits import CommitUnknown, ConnectionLost, GroupCommit, Outcome, StorageError, Waiting
 from metered_billing.runtime import Runtime
+from metered_billing.schemas import Schema, prepare_postgres
+
+A = TypeVar("A")
+T = TypeVar("T")
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 DatabaseError = psycopg.Error
+IntegrityError = psycopg.IntegrityError
 
 CONNECT_WITHIN_S = 3
 """How long connecting may take, per address."""
@@ -49,13 +54,19 @@ _BEGIN: Final = (
     " SET LOCAL search_path = {}"
 )
 
-# Another transaction was in the way: this one is rolled back, and may go through now.
-_IN_THE_WAY: Final = (
+
+class BeginAgain(StorageError):
+    """Raised by an operation that found, too late, what it should have locked: it runs again in a new transaction."""
+
+
+IN_THE_WAY: Final = (
+    BeginAgain,
     psycopg.errors.SerializationFailure,
     psycopg.errors.DeadlockDetected,
     psycopg.errors.LockNotAvailable,
     psycopg.errors.UniqueViolation,
 )
+"""Another transaction was in the way: this one is rolled back, and may go through now."""
 
 
 class PostgresDatabase(GroupCommit[Connection]):
@@ -98,7 +109,7 @@ class PostgresDatabase(GroupCommit[Connection]):
 
     def _transaction(self, batch: list[Waiting[Connection]]) -> list[Outcome]:
         for _ in range(TRIES - 1):
-            with contextlib.suppress(*_IN_THE_WAY):
+            with contextlib.suppress(*IN_THE_WAY):
                 return self._try(batch)
         return self._try(batch)
 
@@ -106,7 +117,7 @@ class PostgresDatabase(GroupCommit[Connection]):
         try:
             connection = self._begin("on" if any(waiting.durable for waiting in batch) else "off")
             try:
-                results = [self._timed(waiting.operation, connection) for waiting in batch]
+                results = self._operate(connection, batch)
             except BaseException as error:
                 self._roll_back(connection)
                 if connection.closed and isinstance(error, psycopg.Error):
@@ -118,10 +129,14 @@ class PostgresDatabase(GroupCommit[Connection]):
             self._busy_since = None
         return [(result, None) for result in results]
 
-    def _timed(self, operation: Callable[[Connection], Any], connection: Connection) -> Any:
+    def _operate(self, connection: Connection, batch: list[Waiting[Connection]]) -> list[Any]:
+        """Run the operations within the transaction that has begun. Returns what each returned."""
+        return [self._timed(waiting.operation, connection) for waiting in batch]
+
+    def _timed(self, operation: Callable[[A], T], on: A) -> T:
         # Each has its own time: ten thousand of them take theirs, though none is stuck.
         self._busy_since = self._runtime.monotonic()
-        return operation(connection)
+        return operation(on)
 
     def _begin(self, synchronous_commit: str) -> Connection:
         self._busy_since = self._runtime.monotonic()
@@ -191,6 +206,25 @@ class PostgresDatabase(GroupCommit[Connection]):
             return
         with contextlib.suppress(psycopg.Error, OSError), socket.socket(fileno=os.dup(connection.fileno())) as waiting:
             waiting.shutdown(socket.SHUT_RDWR)
+
+
+def migrate(url: str, tables: Schema, *, schema: str = "metered_billing") -> int:
+    """Make the tables, or bring them up to date, however long it takes. Returns the version that was found.
+
+    Raises:
+        ConnectionLost: The database cannot be reached.
+        SchemaMismatch: A later release wrote them; nothing was changed.
+        psycopg.Error: Something else went wrong; nothing was changed.
+        ValueError: The URL is none of PostgreSQL's.
+    """
+    parameters = _parameters(url)
+    try:
+        connection = psycopg.connect(**parameters, prepare_threshold=None, application_name="metered-billing migrate")
+    except psycopg.Error as error:
+        raise ConnectionLost(f"{place(parameters)} cannot be reached: {first_line(error)}") from error
+    with connection:  # one transaction
+        connection.execute("SELECT set_config('search_path', %s, true)", (schema,))
+        return prepare_postgres(connection, tables, migrate=True)
 
 
 def place(parameters: Mapping[str, Any]) -> str:

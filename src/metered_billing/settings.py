@@ -12,18 +12,19 @@ from metered_billing.credits.http import HttpCredits
 from metered_billing.credits.sql import SqlCredits
 from metered_billing.journal import Journal
 from metered_billing.journal.sqlite import SqliteJournal
+from metered_billing.ledger.places import POSTGRES
 from metered_billing.runtime import Runtime
 from metered_billing.telemetry import Telemetry
 
 SQLITE = "sqlite:///"
-POSTGRES = ("postgresql://", "postgres://")
 
 
 class Settings(BaseSettings):
     """What the middleware needs to know, each from `METERED_BILLING_<NAME>` where it is not given.
 
     Attributes:
-        credits: Where credits are kept: `http(s)://…`, or `sqlite:///credits.db` for a ledger in this process.
+        credits: Where credits are kept: `http(s)://…`, `sqlite:///credits.db` for a ledger in this process, or
+            `postgresql://…` for one that several processes share.
         token: The credits service's bearer token.
         journal: The directory of the journal (a path, or `sqlite:///DIRECTORY`), or `postgresql://…`.
     """
@@ -40,14 +41,16 @@ def open_credits(url: str, token: SecretStr | None, runtime: Runtime, telemetry:
 
     Raises:
         ValueError: It is not a URL that credits can be had from.
+        ImportError: PostgreSQL, without `metered-billing[postgres]`.
     """
     scheme = url.partition(":")[0].lower()
     if scheme in ("http", "https"):
         return HttpCredits(url, token=token, runtime=runtime, telemetry=telemetry)
-    if url.startswith(SQLITE):
+    if url.startswith((SQLITE, *POSTGRES)):
         return SqlCredits(url, runtime=runtime)
     raise ValueError(
-        f"credits must be an http(s):// or sqlite:/// URL, or a client such as HttpCredits; this is {_kind(url)}"
+        "credits must be an http(s)://, sqlite:/// or postgresql:// URL, or a client such as HttpCredits; "
+        f"this is {_kind(url)}"
     )
 
 

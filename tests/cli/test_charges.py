@@ -65,7 +65,7 @@ class TestBadInput:
             (["charges", "list", "--journal", "ftp://x:secret@y"], "--journal: a directory"),
             (["charges"], ""),
             (["explain"], "REQUEST_ID_OR_CHARGE_ID"),
-            (["explain", "req-1", "--credits", "ftp://x"], "not a SQLite ledger"),
+            (["explain", "req-1", "--credits", "ftp://x"], "not a ledger"),
         ],
     )
     def test_asked_for_wrongly(self, run: Any, arguments: list[str], sentence: str) -> None:

@@ -21,15 +21,20 @@ from .running import ADMIN, EXTERNAL_URL, TOKENS, Client, bearer, in_process, on
 @pytest.fixture(scope="session")
 def service_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The reference service on a real socket."""
-    with on_a_socket(tmp_path_factory.mktemp("service")) as url:
+    with on_a_socket(f"sqlite:///{tmp_path_factory.mktemp('service')}/credits.db") as url:
         yield url
 
 
-@pytest.fixture(params=["in process", "on a socket"] if EXTERNAL_URL is None else ["external"])
+OURS = ["in process", "on a socket", "on PostgreSQL"]
+
+
+@pytest.fixture(params=OURS if EXTERNAL_URL is None else ["external"])
 async def service(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Client]:
     """A credits service, over HTTP, and a tenant of one's own at it."""
-    if request.param == "in process":
-        async with in_process(tmp_path) as http:
+    if request.param in ("in process", "on PostgreSQL"):
+        on_postgres = request.param == "on PostgreSQL"
+        place = request.getfixturevalue("pg_clean") if on_postgres else f"sqlite:///{tmp_path}/credits.db"
+        async with in_process(place) as http:
             yield Client(http)
         return
     url = EXTERNAL_URL or request.getfixturevalue("service_url")
@@ -61,15 +66,17 @@ class Backend:
         return await self.ledger.balance(account.tenant_id, account.user_id)
 
 
-@pytest.fixture(params=["SqlCredits", "HttpCredits"])
+@pytest.fixture(params=["SqlCredits", "HttpCredits", "SqlCredits on PostgreSQL", "HttpCredits on PostgreSQL"])
 async def backend(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Backend]:
     """Every kind of credits that the library has."""
+    kind, _, engine = request.param.partition(" on ")
+    place = request.getfixturevalue("pg_clean") if engine else f"sqlite:///{tmp_path}/credits.db"
     kept: SqlCredits | HttpCredits
-    if request.param == "SqlCredits":
-        kept = SqlCredits(f"sqlite:///{tmp_path}/credits.db")
+    if kind == "SqlCredits":
+        kept = SqlCredits(place)
         ledger = kept.ledger
     else:
-        ledger = Ledger(tmp_path / "credits.db")
+        ledger = Ledger(place)
         transport = httpx.ASGITransport(create_app(ledger, Tokens(TOKENS)))
         kept = HttpCredits("http://credits", token=ADMIN, transport=transport)
     yield Backend(kept, ledger)

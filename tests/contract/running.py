@@ -11,7 +11,6 @@ import os
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -77,9 +76,9 @@ class Client:
 
 
 @contextlib.asynccontextmanager
-async def in_process(directory: Path) -> AsyncIterator[httpx.AsyncClient]:
+async def in_process(place: str) -> AsyncIterator[httpx.AsyncClient]:
     """The reference service, called without a network."""
-    ledger = Ledger(directory / "credits.db")
+    ledger = Ledger(place)
     transport = httpx.ASGITransport(create_app(ledger, Tokens(TOKENS)))
     async with httpx.AsyncClient(transport=transport, base_url="http://credits", headers=bearer(ADMIN)) as http:
         yield http
@@ -87,11 +86,9 @@ async def in_process(directory: Path) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @contextlib.contextmanager
-def on_a_socket(directory: Path) -> Iterator[str]:
+def on_a_socket(place: str) -> Iterator[str]:
     """The reference service under a real uvicorn; its URL."""
-    config = uvicorn.Config(
-        create_app(Ledger(directory / "credits.db"), Tokens(TOKENS)), port=0, ws="none", log_level="warning"
-    )
+    config = uvicorn.Config(create_app(Ledger(place), Tokens(TOKENS)), port=0, ws="none", log_level="warning")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -21,9 +21,10 @@ from metered_billing.charge import (
     Unknown,
     Voided,
 )
-from metered_billing.credits.sql import SqlCredits, sqlite_path
+from metered_billing.credits.sql import SqlCredits
 from metered_billing.ledger import LedgerLocked
 from metered_billing.ledger.books import SqliteBooks
+from metered_billing.ledger.places import sqlite_path
 
 ALICE = Account("acme", "alice")
 
@@ -57,7 +58,7 @@ def test_sqlite_path(url: str | Path, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["", "sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite:credits.db", "postgresql://h/d", "http://h"]
+    "url", ["", "sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite:credits.db", "postgresql:h", "http://h"]
 )
 def test_sqlite_path_of_something_else(url: str) -> None:
     """Refused when it is configured, not at the first charge."""

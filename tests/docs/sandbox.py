@@ -22,7 +22,6 @@ import pytest
 import uvicorn
 
 from metered_billing import cli, settled
-from metered_billing.credits.sql import sqlite_path
 from metered_billing.ledger import Ledger
 from metered_billing.service import Tokens, create_app
 from tests.serving import free_port
@@ -96,7 +95,7 @@ class Sandbox:
         if words[0] == "serve":
             options = dict(zip(words[1::2], words[2::2], strict=True))
             tokens = Tokens.load(Path(file) if (file := options.get("--tokens-file")) else None, os.environ)
-            ledger = Ledger(sqlite_path(options.get("--database", "sqlite:///credits.db")))
+            ledger = Ledger(options.get("--database", "sqlite:///credits.db"))
             self._serve("serve", create_app(ledger, tokens), self._ports[8080])
             return ""
         self._monkeypatch.setattr(sys, "argv", ["metered-billing", *words])

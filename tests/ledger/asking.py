@@ -1,5 +1,6 @@
 """Short forms of commands, for tests that are about one field of them."""
 
+from pathlib import Path
 from typing import Any
 
 from metered_billing.ledger import Answer, Deduct, Grant, Ledger, Refund, Void
@@ -50,3 +51,8 @@ async def deducted(ledger: Ledger, amount: int = 10, key: str = "charge-1") -> A
     answer = await ledger.deduct(deduct(amount, key=key))
     assert answer.status == 201
     return answer
+
+
+def file_of(ledger: Ledger) -> Path:
+    """The file that a SQLite ledger is in."""
+    return Path(ledger.place.removeprefix("sqlite:///"))

@@ -1,4 +1,4 @@
-"""A ledger in a directory of its own."""
+"""An empty ledger, on each engine."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -8,9 +8,18 @@ import pytest
 from metered_billing.ledger import Ledger
 
 
+@pytest.fixture(params=["SQLite", "PostgreSQL"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where an empty ledger is to be, on either engine."""
+    if request.param == "PostgreSQL":
+        url: str = request.getfixturevalue("pg_clean")
+        return url
+    return f"sqlite:///{tmp_path}/credits.db"
+
+
 @pytest.fixture
-async def ledger(tmp_path: Path) -> AsyncIterator[Ledger]:
+async def ledger(place: str) -> AsyncIterator[Ledger]:
     """A fresh ledger, closed after the test."""
-    ledger = Ledger(tmp_path / "credits.db")
+    ledger = Ledger(place)
     yield ledger
     await ledger.close()

@@ -6,11 +6,13 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from metered_billing.ledger import Answer, Command, Deduct, Grant, Ledger, Refund, Void
+from tests.postgres import no_tables
 
 TENANTS = st.sampled_from(["acme", "globex"])
 USERS = st.sampled_from([None, "alice", "bob"])
@@ -31,9 +33,13 @@ class Books(RuleBasedStateMachine):
         super().__init__()
         self.directory = Path(tempfile.mkdtemp())
         self.loop = asyncio.new_event_loop()
-        self.ledger = Ledger(self.directory / "credits.db")
+        self.ledger = Ledger(self.place())
         self.transactions: list[str] = ["unknown"]
         self.answered: list[tuple[Command, Answer]] = []
+
+    def place(self) -> str:
+        """Where an empty ledger is to be."""
+        return f"sqlite:///{self.directory}/credits.db"
 
     def teardown(self) -> None:
         self.loop.run_until_complete(self.ledger.close())
@@ -109,3 +115,15 @@ TestBooks = Books.TestCase
 TestBooks.settings = settings(
     max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
+
+
+@pytest.mark.slow
+def test_books_on_postgresql(pg_shared: str) -> None:
+    """The same there."""
+
+    class PostgresBooks(Books):
+        def place(self) -> str:
+            no_tables(pg_shared)
+            return pg_shared
+
+    run_state_machine_as_test(PostgresBooks, settings=settings(TestBooks.settings, max_examples=10))

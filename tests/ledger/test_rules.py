@@ -1,6 +1,5 @@
 """What the ledger answers to deductions, refunds, voids and grants, and what they move."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -321,11 +320,3 @@ class TestCommands:
         """At most 1,000 of them, of at most 255 characters."""
         with pytest.raises(ValueError, match="items"):
             refund("t", items=items)
-
-
-async def test_ledger_file_is_made(tmp_path: Path) -> None:
-    """Starting makes the file and its lock, in a directory that exists."""
-    ledger = Ledger(tmp_path / "new.db")
-    await ledger.start()
-    await ledger.close()
-    assert {"new.db", "new.db.lock"} <= {path.name for path in tmp_path.iterdir()}

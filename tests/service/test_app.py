@@ -32,8 +32,8 @@ async def test_lifespan_opens_and_closes_the_ledger(app: FastAPI, ledger: Ledger
     """A ledger in use fails the start; a stopped service leaves it to the next."""
     async with app.router.lifespan_context(app):
         with pytest.raises(LedgerLocked):
-            await Ledger(ledger.path).start()
-    other = Ledger(ledger.path)
+            await Ledger(ledger.place).start()
+    other = Ledger(ledger.place)
     await other.start()
     with pytest.raises(LedgerLocked):
         async with app.router.lifespan_context(app):

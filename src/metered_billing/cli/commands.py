@@ -12,9 +12,9 @@ import uvicorn
 from metered_billing.charge import MAX_AMOUNT
 from metered_billing.cli import charges, terminal
 from metered_billing.cli.failure import Failure
+from metered_billing.cli.migrate import migrate
 from metered_billing.cli.options import AnyUser, AsJson, CreditsUrl, Tenant, Token, User
 from metered_billing.cli.source import Document, Source, open_source
-from metered_billing.credits.sql import sqlite_path
 from metered_billing.ledger import Ledger, LedgerError
 from metered_billing.ledger.store import MAX_PAGE
 from metered_billing.runtime import new_uuid7
@@ -33,13 +33,14 @@ app = typer.Typer(
 
 app.add_typer(charges.app, name="charges")
 app.command()(charges.explain)
+app.command()(migrate)
 
 
 @app.command()
 def serve(
-    database: Annotated[str, typer.Option(help="sqlite:///relative.db or sqlite:////absolute.db")] = (
-        "sqlite:///credits.db"
-    ),
+    database: Annotated[
+        str, typer.Option(help="sqlite:///relative.db, sqlite:////absolute.db, or postgresql://user@host:port/database")
+    ] = ("sqlite:///credits.db"),
     host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8080,
     tokens_file: Annotated[
@@ -49,11 +50,13 @@ def serve(
     """Run the credits service over a ledger. Stop it with Ctrl-C."""
     try:
         tokens = Tokens.load(tokens_file)
-        ledger = Ledger(sqlite_path(database))
+        ledger = Ledger(database)
     except InvalidTokens as error:
         raise Failure(f"{error}.", 2) from None
     except ValueError as error:
         raise Failure(f"--database: {error}.", 2) from None
+    except ImportError as error:
+        raise Failure(f"{error}.") from None
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(ledger, tokens),

@@ -22,7 +22,8 @@ CreditsUrl = Annotated[
     typer.Option(
         "--credits",
         envvar="METERED_BILLING_CREDITS",
-        help="A running service (http://127.0.0.1:8080), or a ledger that none has open (sqlite:///credits.db).",
+        help="A running service (http://127.0.0.1:8080), a ledger that none has open (sqlite:///credits.db), or "
+        "one that they share (postgresql://…).",
     ),
 ]
 Token = Annotated[

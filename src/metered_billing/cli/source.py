@@ -1,4 +1,4 @@
-"""Where the commands find credits: a running service over HTTP, or a ledger file that is free."""
+"""Where the commands find credits: a running service over HTTP, or a ledger that can be opened beside it."""
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -8,7 +8,6 @@ import httpx
 
 from metered_billing.cli.failure import Failure
 from metered_billing.credits.contract import segment
-from metered_billing.credits.sql import sqlite_path
 from metered_billing.errors import TYPE_PREFIX
 from metered_billing.ledger import Grant, Ledger, LedgerError, LedgerNotOpened
 
@@ -44,15 +43,15 @@ async def open_source(url: str, token: str | None) -> AsyncIterator[Source]:
         async with _client(url, token) as client:
             yield _Service(client)
         return
-    if url.startswith(("postgresql:", "postgres:")):
-        raise Failure("The command line reaches a PostgreSQL ledger through its service: give that URL.", 2)
     try:
-        ledger = Ledger(sqlite_path(url))
+        ledger = Ledger(url)
     except ValueError as error:
         raise Failure(f"{error}; or a service: http://127.0.0.1:8080", 2) from None
+    except ImportError as error:
+        raise Failure(f"{error}.") from None
     try:
         await ledger.start()
-        yield _File(ledger)
+        yield _Ledger(ledger)
     except LedgerError as error:
         raise Failure(f"{error}.", in_doubt=not isinstance(error, LedgerNotOpened)) from None
     finally:
@@ -106,7 +105,7 @@ class _Service:
         return document
 
 
-class _File:
+class _Ledger:
     """A ledger that this process opens for a moment."""
 
     def __init__(self, ledger: Ledger) -> None:

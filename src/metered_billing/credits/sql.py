@@ -1,4 +1,4 @@
-"""The ledger in this process, as credits: no service, no network, one SQLite file."""
+"""The ledger, as credits: no service in between."""
 
 import re
 from collections.abc import Sequence
@@ -38,31 +38,30 @@ from metered_billing.ledger.answers import CHARGE_VOIDED, INSUFFICIENT_CREDITS
 from metered_billing.ledger.commands import MAX_ITEMS, MAX_REASON_LENGTH
 from metered_billing.runtime import Runtime
 
-_SCHEME = "sqlite:///"
-
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 class SqlCredits:
-    """Credits kept in a SQLite file that this process owns. Implements `Credits`.
+    """Credits kept in a SQLite file that this process owns, or in a PostgreSQL database that several processes use.
 
-    Opened when it is first used, or by `start`, which says at once what is wrong with the file.
+    Implements `Credits`. Opened when it is first used, or by `start`, which says at once what is wrong with it.
 
     Args:
-        url: `sqlite:///relative.db`, `sqlite:////absolute.db`, or a path.
+        url: `sqlite:///relative.db`, `sqlite:////absolute.db`, a path, or `postgresql://user@host:port/database`.
 
     Raises:
         ValueError: The URL is of another kind.
+        ImportError: PostgreSQL, without `metered-billing[postgres]`.
     """
 
     remembers_declines = True
 
     def __init__(self, url: str | Path, *, runtime: Runtime | None = None) -> None:
-        self.ledger = Ledger(sqlite_path(url), runtime)
+        self.ledger = Ledger(url, runtime)
 
     @property
     def realm(self) -> str:
-        return f"sqlite:///{self.ledger.path.resolve()}"
+        return self.ledger.place
 
     async def start(self) -> None:
         """Open the ledger.
@@ -181,22 +180,6 @@ class SqlCredits:
     ) -> Page:
         """A page of entries, newest first; see `Ledger.transactions`."""
         return await self.ledger.transactions(tenant_id, user_id, cursor=cursor, limit=limit)
-
-
-def sqlite_path(url: str | Path) -> Path:
-    """The file that `sqlite:///relative.db`, `sqlite:////absolute.db` or a path names.
-
-    Raises:
-        ValueError: It names none.
-    """
-    text = str(url)
-    if text.startswith(_SCHEME):
-        text = text.removeprefix(_SCHEME)
-    elif "://" in text or text.startswith("sqlite:"):
-        raise ValueError(f"{text.split('://')[0]}: not a SQLite ledger; write sqlite:///credits.db")
-    if not text or ":memory:" in text or "?" in text or "\x00" in text:
-        raise ValueError("a ledger needs a file: sqlite:///relative.db or sqlite:////absolute.db")
-    return Path(text)
 
 
 # A refund must not fail for the words that explain it: an exception's text, or ids out of a response.

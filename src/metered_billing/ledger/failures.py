@@ -2,8 +2,9 @@
 
 LedgerError
 ├── LedgerUnavailable      no answer; the command may or may not have happened
-│   └── LedgerNotOpened    the file was never opened; nothing can have happened
-│       └── LedgerLocked   another process has it
+│   └── LedgerNotOpened    it was not opened or not reached; nothing can have happened
+│       ├── LedgerLocked   another process has the file
+│       └── LedgerBusy     other processes were in the way again and again
 └── LedgerCorrupt          the rows contradict each other; nothing was written
 """
 
@@ -17,11 +18,15 @@ class LedgerUnavailable(LedgerError):
 
 
 class LedgerNotOpened(LedgerUnavailable):
-    """The ledger's file could not be opened, or had no room in its queue; nothing happened."""
+    """The ledger could not be opened or reached, or had no room in its queue; nothing happened."""
 
 
 class LedgerLocked(LedgerNotOpened):
     """Another process owns the ledger's file; nothing happened."""
+
+
+class LedgerBusy(LedgerNotOpened):
+    """Other processes' transactions were in the way, however often it was tried; nothing happened."""
 
 
 class LedgerCorrupt(LedgerError):

@@ -19,7 +19,7 @@ endef
 
 # Two installations into one environment would get in each other's way.
 .NOTPARALLEL:
-.PHONY: demo test quick check format clean help
+.PHONY: demo test quick simulate check format clean help
 
 help: ## Say what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,11 @@ test: $(VENV)/.dev $(VENV)/.demo check ## All checks and all tests but the long 
 
 quick: $(VENV)/.dev ## The everyday tests, in under two minutes
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" -q
+
+SEEDS ?= 10000
+
+simulate: $(VENV)/.dev ## Simulate crashes, losses and delays: SEEDS=10000, SEEDS=200-299, SEEDS=seed:1234
+	@$(BIN)/python -m tests.simulation $(SEEDS)
 
 check: $(VENV)/.dev ## Lint and types
 	$(BIN)/ruff check .

@@ -1,0 +1,1 @@
+"""The whole system in one process under virtual time, with everything going wrong: see `world`, and `make simulate`."""

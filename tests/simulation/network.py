@@ -1,0 +1,294 @@
+"""The network between the apps and the credits service: real requests, simulated wires.
+
+What is sent is a copy: it may never arrive, arrive twice, or hours later, whatever its sender thinks of it by
+then. Nothing that arrives is undone by what happens to its reply.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+import httpx
+
+from tests.simulation.processes import Dead, Process
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+HTML = [(b"content-type", b"text/html")]
+PROBLEM = [(b"content-type", b"application/problem+json")]
+
+STRAY = (301, 400, 401, 402, 403, 404, 404, 405, 409, 410, 413, 422, 429, 501, 502, 503)
+"""What a proxy, a captive portal or a deployment under way answers in the service's place."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request on its way."""
+
+    operation: str
+    charge_id: str
+    method: str
+    path: str
+    query: bytes
+    headers: tuple[tuple[bytes, bytes], ...]
+    body: bytes
+
+
+@dataclass
+class Reply:
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+
+class Transport(httpx.AsyncBaseTransport):
+    """What an app process sends through."""
+
+    def __init__(self, world: "World", process: Process) -> None:
+        self._world = world
+        self._process = process
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self._process.check()
+        try:
+            return await self._world.network.send(self._process, request)
+        finally:
+            self._process.check()
+
+
+class Network:
+    """All wires of a world."""
+
+    def __init__(self, world: "World") -> None:
+        self._world = world
+        self.partitioned_until = 0.0
+        self.under_way = 0
+        self.last_arrival = 0.0
+
+    async def send(self, process: Process, request: httpx.Request) -> httpx.Response:
+        """One call of an app's, and what comes of it."""
+        world, random = self._world, self._world.random
+        call = call_of(request)
+        connect_s: float = request.extensions["timeout"]["connect"]
+        fault = world.fault_of_call(process, call)
+        world.note(process.name, call.operation, call.charge_id, fault or "")
+        if fault == "no connection in time":
+            await asyncio.sleep(connect_s)
+            raise httpx.ConnectTimeout(fault)
+        await asyncio.sleep(random.choice((0.0, 0.001, 0.05)))
+        if fault == "refused" or world.service is None or not world.service.ready:
+            raise httpx.ConnectError("nobody listens")
+        if fault == "request lost":
+            raise await self._silence()
+        if fault == "5xx before":
+            return _response(Reply(random.choice((500, 502, 503, 504)), HTML, b"<h1>sorry</h1>"))
+        if fault == "stray proxy before":
+            return _response(Reply(random.choice(STRAY), HTML, b"<h1>hello</h1>"))
+        if fault == "wrong Retry-After":
+            return _response(_impatient(world))
+        if fault == "token rejected":
+            body = b'{"type":"urn:metered-billing:unauthorized","title":"?","status":401}'
+            return _response(Reply(random.choice((401, 403)), PROBLEM, body))
+        if fault == "refused for good":
+            body = b'{"type":"urn:metered-billing:forbidden-by-hand","title":"?","status":422}'
+            return _response(Reply(422, PROBLEM, body))
+        if fault == "request late":
+            self._copy(call, world.late_s())
+            raise await self._silence()
+        reply: asyncio.Future[Reply] = world.loop.create_future()
+        reply.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._copy(call, random.choice((0.0, 0.001, 0.02)), reply)
+        if fault == "duplicate":
+            self._copy(call, random.choice((0.0, 0.001, world.late_s())))
+        if fault == "reset after the request":
+            await asyncio.sleep(random.choice((0.0, 0.01, 0.1)))
+            raise random.choice((httpx.ReadError, httpx.RemoteProtocolError, httpx.WriteError))(fault)
+        try:
+            answer = await reply
+        except ConnectionResetError:
+            raise random.choice((httpx.ReadError, httpx.RemoteProtocolError))("the service died") from None
+        await asyncio.sleep(random.choice((0.0, 0.001, 0.02)))
+        if fault == "reply lost":
+            raise await self._silence()
+        if fault == "slow":
+            await asyncio.sleep(random.uniform(0.1, 8.0))
+        if fault == "5xx after":
+            return _response(Reply(random.choice((500, 502, 503, 504)), HTML, b""))
+        if fault == "stray proxy after":
+            return _response(Reply(random.choice(STRAY), HTML, b"<h1>hello</h1>"))
+        if fault == "broken reply":
+            return _response(_broken(world, answer))
+        if fault == "compressed reply":
+            return _response(Reply(answer.status, [*answer.headers, (b"content-encoding", b"gzip")], answer.body))
+        if fault == "trickling reply":
+            return _response(answer, _Trickle(answer.body, random.uniform(0.01, 0.5)))
+        if fault == "reply cut short":
+            return _response(answer, _Cut(answer.body[: random.randrange(len(answer.body) or 1)]))
+        return _response(answer)
+
+    async def ask(self, method: str, path: str, body: dict[str, Any] | None = None, key: str = "") -> Reply:
+        """A call of the world's own, over a wire that does not fail; the service must be up."""
+        headers = [(b"authorization", b"Bearer admin"), (b"content-type", b"application/json")]
+        if key:
+            headers.append((b"idempotency-key", key.encode()))
+        path, _, query = path.partition("?")
+        content = b"" if body is None else json.dumps(body).encode()
+        headers.append((b"content-length", str(len(content)).encode()))
+        reply: asyncio.Future[Reply] = self._world.loop.create_future()
+        self._copy(Call("", "", method, path, query.encode(), tuple(headers), content), 0.001, reply)
+        return await reply
+
+    async def _silence(self) -> Exception:
+        """Nothing comes, until whoever waits gives up, or the connection does."""
+        await asyncio.sleep(self._world.random.choice((0.01, 1.0, 600.0)))
+        return self._world.random.choice((httpx.ReadError, httpx.ReadTimeout))("silence")
+
+    def _copy(self, call: Call, after_s: float, reply: "asyncio.Future[Reply] | None" = None) -> None:
+        """Let a copy arrive, whatever becomes of its sender."""
+        world = self._world
+        self.under_way += 1
+        self.last_arrival = max(self.last_arrival, world.loop.time() + after_s)
+        world.outside(world.loop.call_later, after_s, self._arrive, call, reply)
+
+    def _arrive(self, call: Call, reply: "asyncio.Future[Reply] | None") -> None:
+        self.under_way -= 1
+        world = self._world
+        service = world.service
+        if service is None or not service.ready:
+            if reply is None:
+                world.note("network", "drops", call.operation, call.charge_id)
+            elif not reply.done():
+                reply.set_exception(ConnectionResetError("service"))
+            return
+        if reply is not None:
+            service.expected[reply] = None
+        service.spawn(self._serve(service, call, reply), f"{call.operation} {call.charge_id}")
+
+    async def _serve(self, service: Process, call: Call, reply: "asyncio.Future[Reply] | None") -> None:
+        """The service's end."""
+        world = self._world
+        try:
+            answer = self._missing(call) or await _served(service.app, call)
+        except Dead:
+            raise
+        except Exception as error:
+            world.problem(f"the service raised {error!r}")
+            answer = Reply(500, HTML, b"")
+        service.check()
+        world.answered(call, answer)
+        if reply is not None:
+            service.expected.pop(reply, None)
+            if not reply.done():
+                reply.set_result(answer)
+
+    def _missing(self, call: Call) -> Reply | None:
+        """What a service without voids says of them."""
+        if call.operation != "void" or self._world.service_kind.has_voids:
+            return None
+        return Reply(self._world.random.choice((404, 405, 501)), HTML, b"no such thing")
+
+
+class _Trickle(httpx.AsyncByteStream):
+    def __init__(self, body: bytes, every_s: float) -> None:
+        self._body, self._every_s = body, every_s
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for at in range(0, len(self._body), 16):
+            await asyncio.sleep(self._every_s)
+            yield self._body[at : at + 16]
+
+
+class _Cut(httpx.AsyncByteStream):
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield self._body
+        raise httpx.RemoteProtocolError("cut short")
+
+
+def call_of(request: httpx.Request) -> Call:
+    """Which call it is, and about which charge."""
+    path, _, query = request.url.raw_path.partition(b"?")
+    headers = tuple((name.lower(), value) for name, value in request.headers.raw)
+    body = request.content
+    key = request.headers.get("idempotency-key", "")
+    if path.endswith(b"/refunds"):
+        operation, charge_id = "refund", key.removesuffix(":refund")
+    elif path.endswith(b"/voids"):
+        operation, charge_id = "void", json.loads(body)["idempotency_key"]
+    elif path.endswith(b"/deductions"):
+        operation, charge_id = "deduct", key
+    else:
+        operation, charge_id = "find", ""
+    return Call(operation, charge_id, request.method, path.decode(), query, headers, body)
+
+
+async def _served(app: Any, call: Call) -> Reply:
+    """Run the ASGI app for one request."""
+    unread = [{"type": "http.request", "body": call.body, "more_body": False}]
+    reply = Reply(0, [], b"")
+
+    async def receive() -> Any:
+        if not unread:
+            await asyncio.Event().wait()
+        return unread.pop()
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            reply.status, reply.headers = message["status"], list(message["headers"])
+        elif message["type"] == "http.response.body":
+            reply.body += message.get("body", b"")
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "http_version": "1.1",
+        "method": call.method,
+        "scheme": "http",
+        "path": unquote(call.path),
+        "raw_path": call.path.encode(),
+        "query_string": call.query,
+        "root_path": "",
+        "headers": list(call.headers),
+        "client": ("10.0.0.1", 1),
+        "server": ("credits", 80),
+        "state": {},
+    }
+    await app(scope, receive, send)
+    return reply
+
+
+def _response(reply: Reply, stream: httpx.AsyncByteStream | None = None) -> httpx.Response:
+    if stream is None:
+        return httpx.Response(reply.status, headers=reply.headers, stream=httpx.ByteStream(reply.body))
+    return httpx.Response(reply.status, headers=reply.headers, stream=stream)
+
+
+def _impatient(world: "World") -> Reply:
+    wait = world.random.choice(
+        (b"-1", b"0", b"3", b"120", b"99999999999", b"soon", b"Wed, 21 Oct 2065 07:28:00 GMT", b"1e9", b"")
+    )
+    return Reply(world.random.choice((408, 425, 429, 503)), [*HTML, (b"retry-after", wait)], b"later")
+
+
+def _broken(world: "World", answer: Reply) -> Reply:
+    """The right status, and a body that is not what was agreed."""
+    json_type = [(b"content-type", b"application/json")]
+    how = world.random.randrange(5)
+    if how == 0:
+        return Reply(answer.status, json_type, answer.body[: len(answer.body) // 2])
+    if how == 1:
+        return Reply(answer.status, json_type, b"[]")
+    if how == 2:
+        return Reply(200, HTML, b"<h1>Please log in</h1>")
+    if how == 3:
+        return Reply(answer.status, json_type, b"")
+    body = json.loads(answer.body)
+    if isinstance(body, dict) and "amount" in body:
+        body["amount"] += 1
+    return Reply(answer.status, json_type, json.dumps(body).encode() if "amount" in body else b"null")

@@ -15,7 +15,7 @@ FLOORS = [
     {"charge", "runtime"},
     {"commits", "errors", "outcomes", "explain", "reconcile", "choosing", "sqlite", "postgres", "schemas", "routes"},
     {"telemetry", "ledger", "journal", "credits"},
-    {"settings", "loops", "settler", "problems"},
+    {"settings", "loops", "settler", "problems", "conformance"},
     {"biller"},
     {"middleware"},
     {"metered"},

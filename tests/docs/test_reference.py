@@ -16,6 +16,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from metered_billing import HttpCredits, MeteredBillingMiddleware, Settings, SqlCredits, metered, telemetry
 from metered_billing.charge import TRANSITIONS, Account, Record, State
 from metered_billing.cli.commands import app as command_line
+from metered_billing.conformance import CHECKS
 from metered_billing.credits.contract import Contract, Reply
 from metered_billing.errors import BillingError
 from metered_billing.middleware import Exchange
@@ -190,7 +191,7 @@ def command_named(name: str) -> Any:
     return found
 
 
-COMMANDS = ["serve", "grant", "balance", "transactions", "charges list", "charges show", "explain"]
+COMMANDS = ["serve", "grant", "balance", "transactions", "charges list", "charges show", "explain", "conformance"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -261,3 +262,11 @@ def test_answers_mean_what_the_page_says(heading: str, what: str, read: Any) -> 
             if getattr(answer, "misconfigured", False):
                 meant = "our bug"
             assert row[1].strip("*") == meant, f"{heading}: {row[0]}: {answer}"
+
+
+def test_what_a_service_may_lack_is_named_as_its_checks() -> None:
+    """So that a report leads to the row."""
+    checks = {check.name for check in CHECKS}
+    named = [name for row in table(Page(REFERENCE / "answers.md"), "What a service may lack") for name in code(row[0])]
+    assert len(named) == len(set(named))
+    assert set(named) <= checks

@@ -11,6 +11,7 @@ import uvicorn
 
 from metered_billing.charge import MAX_AMOUNT
 from metered_billing.cli import charges, terminal
+from metered_billing.cli.conformance import conformance
 from metered_billing.cli.failure import Failure
 from metered_billing.cli.migrate import migrate
 from metered_billing.cli.options import AnyUser, AsJson, CreditsUrl, Tenant, Token, User
@@ -34,6 +35,7 @@ app = typer.Typer(
 app.add_typer(charges.app, name="charges")
 app.command()(charges.explain)
 app.command()(migrate)
+app.command()(conformance)
 
 
 @app.command()

@@ -23,8 +23,10 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def start_service(directory: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Start it on the directory's `credits.db`, wait until it is well, kill it afterwards.
+def start_service(
+    directory: Path, database: str = "sqlite:///credits.db"
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Start it in the directory, wait until it is well, kill it afterwards.
 
     Yields:
         The process and its URL.
@@ -33,7 +35,7 @@ def start_service(directory: Path) -> Iterator[tuple[subprocess.Popen[str], str]
     url = f"http://127.0.0.1:{port}"
     main = "from metered_billing.cli import main; main()"
     with subprocess.Popen(
-        [sys.executable, "-c", main, "serve", "--port", str(port)],
+        [sys.executable, "-c", main, "serve", "--port", str(port), "--database", database],
         cwd=directory,
         env={**os.environ, "METERED_BILLING_TOKENS": TOKENS},
         stdout=subprocess.DEVNULL,

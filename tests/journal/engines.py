@@ -37,7 +37,7 @@ class Engine:
         """Run a statement with `?` behind the journals' backs. Returns its rows."""
         raise NotImplementedError
 
-    def kill(self, journal: Any) -> None:
+    def kill(self, journal: Journal) -> None:
         """Its process dies, and that is known by now."""
         raise NotImplementedError
 
@@ -64,7 +64,8 @@ class Sqlite(Engine):
                 rows += connection.execute(statement, values).fetchall()
         return rows
 
-    def kill(self, journal: SqliteJournal) -> None:
+    def kill(self, journal: Journal) -> None:
+        assert isinstance(journal, SqliteJournal)
         for slot in journal._slots():
             slot.lock.release()
             slot.file._disconnect()
@@ -83,7 +84,8 @@ class Postgres(Engine):
             done = connection.execute(statement.replace("?", "%s").encode(), values)
             return done.fetchall() if done.description else []
 
-    def kill(self, journal: PostgresJournal) -> None:
+    def kill(self, journal: Journal) -> None:
+        assert isinstance(journal, PostgresJournal)
         place = journal._taken()
         place._stop_beating()
         self.expire(journal)

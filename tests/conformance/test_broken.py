@@ -277,11 +277,35 @@ async def test_account_that_will_not_do_is_refused(
     assert "POST /v1/deductions" not in service.calls
 
 
-@pytest.mark.parametrize("url", ["credits", "ftp://credits", "http://", "sqlite:///credits.db"])
+@pytest.mark.parametrize(
+    "url",
+    ["credits", "ftp://credits", "http://", "sqlite:///credits.db", "http://u:secret@credits", "http://credits?a=b"],
+)
 async def test_url_that_is_none_is_refused(url: str) -> None:
     """Before anything is sent."""
-    with pytest.raises(CannotCheck, match="URL"):
+    with pytest.raises(CannotCheck, match="URL") as refused:
         await check_service(url, token=APP, admin_token=ADMIN)
+    assert refused.value.asked_wrongly
+    assert "secret" not in str(refused.value)
+
+
+class NamesNobodyCanSend(Service):
+    """Its transactions are called by what no URL and no JSON can carry."""
+
+    async def answer(self, request: httpx.Request) -> httpx.Response:
+        response = await self.real(request)
+        if not broken.is_deduction(request) or not response.is_success:
+            return response
+        body = json.dumps({**response.json(), "transaction_id": "\ud800\n/.."})  # in ASCII, so that it can be sent
+        return httpx.Response(response.status_code, content=body.encode())
+
+
+async def test_transaction_that_cannot_be_named_is_broken(tmp_path: Path) -> None:
+    """It is told, and is no end of the run."""
+    wanted = [check for check in CHECKS if check.name in ("deduct-once", "refund-once", "healthz")]
+    seen = await report(NamesNobodyCanSend(tmp_path), checks=wanted)
+    assert names(seen) == {"deduct-once", "refund-once"}
+    assert seen.kept == 0
 
 
 async def test_service_below_a_path_is_reached_there(tmp_path: Path) -> None:

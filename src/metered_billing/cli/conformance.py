@@ -81,8 +81,6 @@ def conformance(
             )
         except CannotCheck as why:
             raise Failure(f"{why}.", 2 if why.asked_wrongly else 1) from None
-        except ValueError as why:  # a tenant or user that is none
-            raise Failure(f"{why}.", 2) from None
     if as_json:
         terminal.say_json(report.to_json())
     else:

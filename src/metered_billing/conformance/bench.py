@@ -59,9 +59,9 @@ class _Taken:
     def note(self, reply: Any) -> None:
         """Remember what an answer says was taken."""
         self.heard = True
-        if isinstance(reply, dict) and isinstance(reply.get("transaction_id"), str):
+        if isinstance(reply, dict) and (transaction := _written(reply.get("transaction_id"))):
             amount = reply.get("amount")
-            self.transactions[reply["transaction_id"]] = amount if type(amount) is int and amount > 0 else 1
+            self.transactions[transaction] = amount if type(amount) is int and amount > 0 else 1
 
 
 class Bench:
@@ -304,9 +304,13 @@ def results(reply: Reply) -> list[Reply]:
 
 
 def text(reply: Reply, name: str) -> str | None:
-    """A string of the body; None where there is none."""
-    value = reply.body.get(name) if isinstance(reply.body, dict) else None
-    return value if isinstance(value, str) else None
+    """A string of the body; None where there is none, or one that cannot be sent back."""
+    return _written(reply.body.get(name)) if isinstance(reply.body, dict) else None
+
+
+def _written(value: Any) -> str | None:
+    # Lone surrogates, which JSON can smuggle in, cannot be sent back.
+    return value if isinstance(value, str) and value.isprintable() else None
 
 
 def _body(account: Account) -> dict[str, str]:

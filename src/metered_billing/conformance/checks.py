@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 from uuid import uuid4
 
 from metered_billing.charge import Account, NoVoid, Record
@@ -833,7 +834,7 @@ async def pages(bench: Bench) -> None:
 async def transaction_with_refunds(bench: Bench) -> None:
     transaction = taken(await bench.deduct(10, bench.new_key()), 10)
     given(await bench.refund(transaction, 2, bench.new_key(), items=["img-3"]), 2)
-    reply = await bench.call("GET", f"/v1/transactions/{transaction}")
+    reply = await bench.call("GET", f"/v1/transactions/{quote(transaction, safe='')}")
     refunds = reply.body.get("refunds") if isinstance(reply.body, dict) else None
     if reply.status != 200 or text(reply, "id") != transaction or not isinstance(refunds, list):
         raise Broken(f"it was answered {reply}, without the transaction and its refunds")

@@ -66,7 +66,10 @@ async def check_service(
             raise CannotCheck("a user belongs to a tenant: give both", asked_wrongly=True)
         account = Account(run_id)
     else:
-        account = Account(tenant_id, run_id if admin_token is not None and user_id is None else user_id)
+        try:
+            account = Account(tenant_id, run_id if admin_token is not None and user_id is None else user_id)
+        except ValueError as error:
+            raise CannotCheck(str(error), asked_wrongly=True) from None
     async with _client(url, transport) as client:
         bench = Bench(
             client,
@@ -100,6 +103,9 @@ async def _client(url: str, transport: httpx.AsyncBaseTransport | None) -> Async
         raise CannotCheck("the URL is none", asked_wrongly=True) from None
     if client.base_url.scheme not in ("http", "https") or not client.base_url.host:
         raise CannotCheck("the URL must begin with http:// or https:// and name a host", asked_wrongly=True)
+    if client.base_url.userinfo or client.base_url.fragment or "?" in url:
+        # The report shows the URL.
+        raise CannotCheck("the URL must have no user, no query and no fragment", asked_wrongly=True)
     async with client:
         yield client
 

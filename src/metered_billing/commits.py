@@ -104,12 +104,15 @@ class GroupCommit(Generic[C]):
             except RuntimeError as error:  # the executor, or the whole interpreter, is shutting down
                 self._refuse(StorageError(f"{self._name}: {error}"))
 
-    def close(self, then: Callable[[], None] | None = None) -> asyncio.Future[None]:
+    def close(
+        self, *, first: Callable[[], None] | None = None, then: Callable[[], None] | None = None
+    ) -> asyncio.Future[None]:
         """Finish what is waiting, then close the connection. The next `run` opens it again.
 
         It is queued at once; cancelling the future does not take it back.
 
         Args:
+            first: Runs in the thread while it is still open.
             then: Runs in the thread when it is closed.
         """
         loop = asyncio.get_running_loop()
@@ -117,11 +120,13 @@ class GroupCommit(Generic[C]):
 
         def close() -> None:
             try:
+                if first is not None:
+                    first()
                 self._disconnect()
             finally:
                 if then is not None:
                     then()
-                _tell(loop, [(closed, None, None)])
+                tell(loop, [(closed, None, None)])
 
         try:
             self._executor.submit(close)
@@ -164,7 +169,7 @@ class GroupCommit(Generic[C]):
             if waiting.loop is not None and waiting.future is not None:
                 told[waiting.loop].append((waiting.future, result, error))
         for loop, answers in told.items():
-            _tell(loop, answers)
+            tell(loop, answers)
 
     def _commit(self, batch: list[Waiting[C]]) -> list[Outcome]:
         try:
@@ -191,9 +196,7 @@ def _tellable(error: BaseException) -> Exception:
     return told
 
 
-def _tell(
-    loop: asyncio.AbstractEventLoop, answers: list[tuple[asyncio.Future[Any], Any, BaseException | None]]
-) -> None:
+def tell(loop: asyncio.AbstractEventLoop, answers: list[tuple[asyncio.Future[Any], Any, BaseException | None]]) -> None:
     """Wake a loop once for all its answers. One that is closed has nobody left to tell."""
 
     def resolve() -> None:

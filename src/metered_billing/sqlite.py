@@ -4,13 +4,24 @@ One connection, because aiosqlite interleaves two coroutines' transactions on on
 and checkpoint a WAL file can corrupt it in SQLite before 3.51.3.
 """
 
+import asyncio
 import contextlib
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
-from metered_billing.commits import GroupCommit, Outcome, Waiting
+from metered_billing.commits import GroupCommit, Outcome, StorageError, Waiting, tell
 from metered_billing.runtime import Executor, connect_sqlite
+
+WAL_BYTES = 4 << 20
+"""What a log that once was longer is cut back to: SQLite merges it every 1,000 pages, which is this much."""
+
+
+def is_corrupt(error: BaseException | None) -> bool:
+    """Whether SQLite says that the file is no database, or a broken one; not that it could not be had."""
+    code = getattr(error, "sqlite_errorcode", None)
+    # Extended codes carry the reason in their higher bytes.
+    return code is not None and code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 class SqliteFile(GroupCommit[sqlite3.Connection]):
@@ -21,6 +32,7 @@ class SqliteFile(GroupCommit[sqlite3.Connection]):
         schema: SQL that runs once, at opening; must be repeatable (`CREATE … IF NOT EXISTS`).
         executor: The one thread. All of SQLite happens there.
         connect: Opens the file.
+        shrinks: Lay a new file out so that `PRAGMA incremental_vacuum` can give free pages back to the disk.
     """
 
     def __init__(
@@ -29,19 +41,47 @@ class SqliteFile(GroupCommit[sqlite3.Connection]):
         schema: str,
         executor: Executor,
         connect: Callable[[Path], sqlite3.Connection] = connect_sqlite,
+        *,
+        shrinks: bool = False,
     ) -> None:
         super().__init__(path.name, executor)
         self.path = path
         self._schema = schema
         self._connect = connect
+        self._shrinks = shrinks
         self._connection: sqlite3.Connection | None = None
+        # One that found the file broken: closing it would merge its log, so it waits for `_disconnect`.
+        self._broken: sqlite3.Connection | None = None
         self._opened: tuple[int, int] | None = None
 
     def __del__(self) -> None:
         # An app that was never shut down (a test client without a lifespan, say) just lets go of it.
-        if getattr(self, "_connection", None) is not None:
+        if getattr(self, "_connection", None) is not None or getattr(self, "_broken", None) is not None:
             with contextlib.suppress(Exception):
                 self._disconnect()
+
+    def between(self, operation: Callable[[sqlite3.Connection], None]) -> asyncio.Future[None]:
+        """Run `operation` in the thread outside any transaction, as VACUUM must. It is queued at once.
+
+        Raises:
+            StorageError: There is no thread any more. (From the call; from the future, what it raised.)
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+
+        def run() -> None:
+            try:
+                operation(self._open())
+            except Exception as error:
+                tell(loop, [(done, None, error)])
+            else:
+                tell(loop, [(done, None, None)])
+
+        try:
+            self._executor.submit(run)
+        except RuntimeError as error:
+            raise StorageError(f"{self.path.name}: {error}") from error
+        return done
 
     # Below: in the thread.
 
@@ -76,22 +116,31 @@ class SqliteFile(GroupCommit[sqlite3.Connection]):
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is None:
+            self._disconnect()
             connection = self._connect(self.path)
             try:
+                if self._shrinks:
+                    # Before the first page is written; in a file that has pages it changes nothing.
+                    connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
                 connection.execute("PRAGMA journal_mode=WAL")
+                connection.execute(f"PRAGMA journal_size_limit={WAL_BYTES}")
                 connection.execute("PRAGMA synchronous=FULL")
                 connection.executescript(self._schema)
                 self._opened = _identity(self.path)
-            except BaseException:
-                connection.close()
+            except BaseException as error:
+                if is_corrupt(error):
+                    self._broken = connection
+                else:
+                    connection.close()
                 raise
             self._connection = connection
         return self._connection
 
     def _disconnect(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
+        connections, self._connection, self._broken = (self._connection, self._broken), None, None
+        for connection in connections:
+            if connection is not None:
+                connection.close()
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from urllib.parse import quote
 from metered_billing.charge import Record, State
 from metered_billing.journal import JournalError
 from metered_billing.journal.lock import FileLock
-from metered_billing.journal.sqlite import SCHEMA_VERSION, _look, _record
+from metered_billing.journal.sqlite import SCHEMA, _look, record_in
 
 PAGE = 500
 """Rows that are read at a time: memory is bounded by it, and so is how long a running app's log is held back."""
@@ -184,8 +184,8 @@ class SqliteReader:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version == 0:
                 return  # somebody is making it
-            if version != SCHEMA_VERSION:
-                raise JournalError(f"a journal of version {version}; this release reads {SCHEMA_VERSION}")
+            if version > SCHEMA.version:
+                raise JournalError(f"a journal of version {version}; this release reads up to {SCHEMA.version}")
             about = connection.execute("SELECT realm FROM about").fetchone()
             if about is not None and self._realm not in (None, about[0]):
                 raise JournalError(f"its charges were made at {about[0]}, and this is {self._realm}")
@@ -216,7 +216,7 @@ class SqliteReader:
             for page in file.pages(wanted):
                 for row in page:
                     try:
-                        record = _record(row)
+                        record = record_in(row)
                     except JournalError as error:
                         self._unusable[f"charge {row[0]}"] = str(error)
                         continue

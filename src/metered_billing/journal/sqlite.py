@@ -2,7 +2,8 @@
 
 A file whose lock is free is a dead process's. The next process that starts takes it as its own; one that is
 running adopts it, finishes what stands in it, and gives it back. So there are never more files than there
-were processes at one time, and no file ever has two writers. A file that cannot be read is left as it is.
+were processes at one time, and no file ever has two writers. A corrupt file is set aside (see `aside`); one that
+cannot be read for another reason, and a row that cannot be read, are left as they are.
 """
 
 import asyncio
@@ -11,26 +12,32 @@ import contextlib
 import functools
 import sqlite3
 import threading
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from metered_billing.charge import Record
 from metered_billing.commits import StorageError
-from metered_billing.journal import JournalError, body_of, record_of
+from metered_billing.journal import JournalError, aside, body_of, record_of
 from metered_billing.journal.lock import FileLock, call_in_forked_child
 from metered_billing.runtime import Executor, Runtime
-from metered_billing.sqlite import SqliteFile
+from metered_billing.schemas import Schema, SchemaMismatch, prepare_sqlite
+from metered_billing.sqlite import SqliteFile, is_corrupt
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 1
-
 AT_A_TIME = 500
-"""Rows that one deletion takes: requests wait for the same thread."""
+"""Rows that one statement changes: requests wait for the same thread."""
 
-_SCHEMA = (
+PAGES_AT_A_TIME = 250
+STEPS_AT_A_TIME = 40
+"""Free pages that go back to the disk in one transaction, and how many such transactions follow each other."""
+
+SLACK_PAGES = 256
+"""Free pages that a file may keep: it will need them again."""
+
+_VERSION_1 = (
     """CREATE TABLE IF NOT EXISTS charges (
         id TEXT PRIMARY KEY,
         owner TEXT NOT NULL,
@@ -47,11 +54,19 @@ _SCHEMA = (
     "CREATE INDEX IF NOT EXISTS charges_closed ON charges (closed_at, id)"
     " WHERE closed_at IS NOT NULL AND state <> 'disputed'",
     "CREATE INDEX IF NOT EXISTS charges_request ON charges (request_id) WHERE request_id IS NOT NULL",
-    f"PRAGMA user_version = {SCHEMA_VERSION}",
+)
+_VERSION_2 = (
+    # Covers what a hundred thousand unsettled charges are counted by, and is searched by owner first, so that
+    # a file can be taken over a little at a time.
+    "CREATE INDEX IF NOT EXISTS charges_unsettled ON charges (owner, due_at, id, state, opened_at, closed_at)"
+    " WHERE closed_at IS NULL",
+    "DROP INDEX IF EXISTS charges_due",
 )
 
+SCHEMA = Schema("journal", (_VERSION_1, _VERSION_2))
 
-_COLUMNS = "id, owner, state, opened_at, tries, due_at, closed_at, body"
+COLUMNS = ("id", "owner", "state", "opened_at", "tries", "due_at", "closed_at", "body")
+_COLUMNS = ", ".join(COLUMNS)
 _Row = tuple[str, str, str, float, int, float, float | None, str]
 
 
@@ -103,18 +118,25 @@ class SqliteJournal:
         if not first:  # a concurrent first request was faster
             await asyncio.shield(asyncio.wrap_future(starting))
             return
-        executor = self._runtime.executor()
+        # There is one already where a place was lost.
+        running = self._executor
+        executor = running or self._runtime.executor()
         self._realm = realm
         try:
-            self._own = await self._take_place(executor)
+            own = await self._take_place(executor)
+            if self._executor is not running:
+                await own.release()
+                raise JournalError("the journal was closed")
         except BaseException as error:
             self._starting = None
-            executor.shutdown(wait=False)
+            if running is None:
+                executor.shutdown(wait=False)
             starting.set_exception(
                 error if isinstance(error, JournalError) else JournalError("the start was interrupted")
             )
+            starting.exception()  # perhaps nobody else waited for it
             raise
-        self._executor, self._starting = executor, None
+        self._own, self._executor, self._starting = own, executor, None
         starting.set_result(None)
 
     def open(self, record: Record) -> Awaitable[None]:
@@ -132,7 +154,7 @@ class SqliteJournal:
                 row,
             )
 
-        return slot.run(insert, durable=True)
+        return slot.run(insert, durable=True, lost=self._lose)
 
     def write(self, before: Record, after: Record, *, durable: bool) -> Awaitable[bool]:
         # An owner that we are not any more is nowhere on record, so that any file says False.
@@ -148,22 +170,26 @@ class SqliteJournal:
             )
             return cursor.rowcount == 1
 
-        return slot.run(compare_and_set, durable=durable)
+        return slot.run(compare_and_set, durable=durable, lost=self._lose)
 
     async def adopt(self, now: float) -> int:
+        if self._own is None and self._executor is not None:  # our place was lost, and there was no other yet
+            await self.start(self._realm)
         self._place()
         await self._give_back()
         found = 0
-        for path in sorted(self._directory.glob("charges-*.db")):
+        for path in aside.live(self._directory):
             if path not in {slot.path for slot in self._slots()} and self._done_with.get(path) != _look(path):
                 found += await self._adopt(path, now)
+        self._report_set_aside()
         return found
 
     async def due(self, now: float, *, besides: Collection[str], limit: int) -> list[Record]:
         def select(owner: str, connection: sqlite3.Connection) -> tuple[list[Record], dict[str, str]]:
             found: list[Record] = []
             unreadable: dict[str, str] = {}
-            for row in connection.execute(
+            for row in _rows(
+                connection,
                 f"SELECT {_COLUMNS} FROM charges WHERE closed_at IS NULL AND due_at <= ? AND owner = ?"  # noqa: S608
                 " ORDER BY due_at, id",
                 (now, owner),
@@ -173,7 +199,7 @@ class SqliteJournal:
                 if row[0] in besides:
                     continue
                 try:
-                    found.append(_record(row))
+                    found.append(record_in(row))
                 except JournalError as error:
                     unreadable[f"charge {row[0]}"] = str(error)
             return found, unreadable
@@ -197,11 +223,13 @@ class SqliteJournal:
 
     async def unsettled(self, now: float) -> Mapping[str, tuple[int, float]]:
         def select(owner: str, connection: sqlite3.Connection) -> list[tuple[str, int, float]]:
-            return connection.execute(
+            rows = _rows(
+                connection,
                 "SELECT state, COUNT(*), MIN(opened_at) FROM charges"
                 " WHERE closed_at IS NULL AND owner = ? GROUP BY state",
                 (owner,),
-            ).fetchall()
+            )
+            return [(str(state), count, opened_at) for state, count, opened_at in rows]
 
         states: dict[str, tuple[int, float]] = {}
         for rows in await self._everywhere(select):
@@ -224,9 +252,21 @@ class SqliteJournal:
                 (closed_before, *(newest_beyond or (None, None)), AT_A_TIME),
             ).rowcount
 
+        def shrink(owner: str, connection: sqlite3.Connection) -> bool:
+            pages, free = (int(connection.execute(f"PRAGMA {name}").fetchone()[0]) for name in _SIZES)
+            if free <= max(SLACK_PAGES, pages // 8):
+                return False
+            # One row a page: it does nothing but when it is asked for them.
+            connection.execute(f"PRAGMA incremental_vacuum({PAGES_AT_A_TIME})").fetchall()
+            # Version 1 made files that cannot: they are, when their process starts again.
+            return int(connection.execute("PRAGMA freelist_count").fetchone()[0]) < free
+
         forgotten = 0
         while deleted := sum(await self._everywhere(delete)):
             forgotten += deleted
+        steps = 0
+        while steps < STEPS_AT_A_TIME and any(await self._everywhere(shrink)):
+            steps += 1
         return forgotten
 
     async def close(self) -> None:
@@ -243,25 +283,25 @@ class SqliteJournal:
     async def _take_place(self, executor: Executor) -> "_Slot":
         """The first file whose lock is free and that can be read, as ours."""
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            aside.make_directory(self._directory)
             number = 0
             while True:
                 path = self._directory / f"charges-{number}.db"
-                number += 1
                 existed = path.exists()
                 slot = self._lock(path, executor)
-                if slot is None:
-                    continue
                 try:
-                    await self._take_over(slot)
-                except _OtherVersion:
-                    raise
+                    if slot is not None:
+                        await self._take_over(slot)
+                        await self._lay_out(slot)
+                        self._report_set_aside()
+                        return slot
+                except _SetAside:
+                    continue  # its name is free
                 except JournalError as error:
-                    if not existed:
+                    if not existed or isinstance(error.__cause__, SchemaMismatch):
                         raise
                     self._unusable[path.name] = str(error)
-                else:
-                    return slot
+                number += 1
         except OSError as error:
             raise JournalError(f"no journal can be kept in {self._directory}: {error}") from error
 
@@ -272,7 +312,12 @@ class SqliteJournal:
             return 0
         try:
             slot = self._lock(path, executor)
+            if slot is not None and not _look(path):  # set aside, or removed, meanwhile
+                await slot.release()
+                return 0
             left = 0 if slot is None else await self._take_over(slot, now)
+        except _SetAside:
+            return 0
         except (JournalError, OSError) as error:
             self._unusable[path.name] = str(error)
             return 0
@@ -290,32 +335,61 @@ class SqliteJournal:
         lock = FileLock.take(path.with_suffix(".lock"))
         if lock is None:
             return None
-        return _Slot(path, lock, SqliteFile(path, "", executor, self._runtime.connect), self._runtime.new_id())
+        try:
+            aside.complete(path, self._runtime.now())
+        except BaseException:
+            lock.release()
+            raise
+        file = SqliteFile(path, "", executor, self._runtime.connect, shrinks=True)
+        return _Slot(path, lock, file, self._runtime.new_id())
 
     async def _take_over(self, slot: "_Slot", now: float | None = None) -> int:
         """Make the unsettled charges of a file ours, and due. Returns how many. Releases it if that fails."""
         due_at = self._runtime.now() if now is None else now
 
-        def take(connection: sqlite3.Connection) -> int:
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, SCHEMA_VERSION):
-                raise _OtherVersion(
-                    f"{slot.path} is a journal of version {version}; this release reads {SCHEMA_VERSION}."
-                    " Run the release that wrote it until nothing is unsettled"
-                )
-            if version == 0:
-                for statement in _SCHEMA:
-                    connection.execute(statement)
+        def prepare(connection: sqlite3.Connection) -> int:
+            prepare_sqlite(connection, SCHEMA)
             self._claim(slot.path, connection)
-            return connection.execute(
-                "UPDATE charges SET owner = ?, due_at = ? WHERE closed_at IS NULL", (slot.owner, due_at)
-            ).rowcount
+            left: int = connection.execute("SELECT COUNT(*) FROM charges WHERE closed_at IS NULL").fetchone()[0]
+            return left
+
+        def take(connection: sqlite3.Connection) -> int:
+            # Not by one statement: with a hundred thousand, requests would wait for it.
+            return sum(
+                connection.execute(
+                    "UPDATE charges SET owner = ?, due_at = ? WHERE id IN"  # noqa: S608
+                    f" (SELECT id FROM charges WHERE closed_at IS NULL AND owner {other} ? LIMIT ?)",
+                    (slot.owner, due_at, slot.owner, AT_A_TIME),
+                ).rowcount
+                for other in "<>"
+            )
 
         try:
-            return await slot.run(take, durable=True)
-        except BaseException:
-            await slot.release()
-            raise
+            left = await slot.run(prepare, durable=True)
+            while await slot.run(take, durable=False):
+                pass
+            return left
+        except BaseException as error:
+            if slot.corrupt is None:
+                await slot.release()
+                raise
+            told = await self._set_aside(slot)
+            raise (JournalError if slot.aside is None else _SetAside)(told) from error
+
+    async def _lay_out(self, slot: "_Slot") -> None:
+        """Lay a file of version 1 out anew, so that it can shrink.
+
+        VACUUM is a transaction of its own: whatever dies meanwhile, the file is as it was, or as it is to be.
+        Where it cannot be had (a full disk, say) all else goes on, and the next start tries again.
+        """
+
+        def vacuum(connection: sqlite3.Connection) -> None:
+            if connection.execute("PRAGMA auto_vacuum").fetchone() != (2,):
+                connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
+                connection.execute("VACUUM")
+
+        with contextlib.suppress(StorageError, sqlite3.Error):
+            await slot.file.between(vacuum)
 
     def _claim(self, path: Path, connection: sqlite3.Connection) -> None:
         """Make the file our realm's, unless it holds what can only be settled in another."""
@@ -353,7 +427,8 @@ class SqliteJournal:
         results: list[T] = []
         for slot in (own, *self._adopted.values()):
             try:
-                results.append(await slot.run(functools.partial(operation, slot.owner), durable=False))
+                queued = slot.run(functools.partial(operation, slot.owner), durable=False, lost=self._lose)
+                results.append(await queued)
             except JournalError as error:
                 if slot is own:
                     raise
@@ -361,6 +436,42 @@ class SqliteJournal:
                     self._unusable[slot.path.name] = str(error)
                     await slot.release()
         return results
+
+    # Corrupt files.
+
+    async def _lose(self, slot: "_Slot") -> None:
+        """A file of ours turned out to be corrupt while in use: set it aside. Our own place we take anew.
+
+        What was under way in it is unknown, and stays with the file, for a person. Its requests find their
+        charges on record nowhere: they are answered 503, or go out and report `ownership_lost`.
+        """
+        with self._mutex:
+            own = self._own is slot
+            if own:
+                self._own = None
+            elif self._adopted.pop(slot.owner, None) is None:
+                return  # somebody else was faster
+        await self._set_aside(slot)
+        if own:
+            # If there is none to be had now, the next `adopt` tries again.
+            with contextlib.suppress(JournalError):
+                await self.start(self._realm)
+
+    async def _set_aside(self, slot: "_Slot") -> str:
+        """Rename it, close it and let go of it, and report it. Returns what is reported."""
+        await slot.release(aside_at=self._runtime.now())
+        name = slot.path.name if slot.aside is None else slot.aside.name
+        where = "could not be set aside" if slot.aside is None else f"was set aside as {name}"
+        told = self._unusable[name] = f"{slot.corrupt}; it {where}. {_BY_HAND}"
+        return told
+
+    def _report_set_aside(self) -> None:
+        """Let `unusable` name what was set aside, by whomever, as long as it is there."""
+        found = aside.listed(self._directory)
+        for name in [name for name in self._unusable if ".corrupt-" in name and name not in found]:
+            self._unusable.pop(name, None)
+        for name in found:
+            self._unusable.setdefault(name, f"{name} was corrupt, and set aside. {_BY_HAND}")
 
     def _slots(self) -> "list[_Slot]":
         return [slot for slot in (self._own, *self._adopted.values()) if slot is not None]
@@ -382,39 +493,89 @@ class _Slot:
     _mutex: threading.Lock = field(default_factory=threading.Lock)
     _released: bool = False
     left_as: tuple[int, ...] = ()
+    corrupt: str | None = None
+    aside: Path | None = None
 
-    def run(self, operation: Callable[[sqlite3.Connection], T], *, durable: bool) -> Awaitable[T]:
+    def run(
+        self,
+        operation: Callable[[sqlite3.Connection], T],
+        *,
+        durable: bool,
+        lost: "Callable[[_Slot], Awaitable[None]] | None" = None,
+    ) -> Awaitable[T]:
+        """Queue an operation. `lost` is awaited where the file turns out to be corrupt."""
         # Not a coroutine: the write must be in the queue when this returns.
         try:
             with self._mutex:
                 if self._released:  # another event loop was faster; the file is not ours any more
                     raise JournalError(f"{self.path.name} is closed")
-                return _translated(self.path, self.file.run(operation, durable=durable))
+                return self._translated(self.file.run(operation, durable=durable), lost)
         except StorageError as error:
             raise JournalError(str(error)) from error
 
-    def release(self) -> Awaitable[None]:
-        """Finish what is queued, close the file, then let go of the lock, whoever waits for it or not."""
+    async def _translated(self, future: "asyncio.Future[T]", lost: "Callable[[_Slot], Awaitable[None]] | None") -> T:
+        try:
+            return await future
+        except JournalError:
+            raise
+        except Exception as error:
+            told = f"{self.path}: {error}"
+            if is_corrupt(error):
+                self.corrupt = told
+                if lost is not None:
+                    await lost(self)
+            raise JournalError(told) from error
+
+    def release(self, *, aside_at: float | None = None) -> Awaitable[None]:
+        """Finish what is queued, close the file, then let go of the lock, whoever waits for it or not.
+
+        Args:
+            aside_at: Set the file aside first, under this time.
+        """
         with self._mutex:
             self._released = True
-            return self.file.close(then=self._let_go)
+            # Renamed while it is open: closing it merges its log, and removes that by its name.
+            first = None if aside_at is None else functools.partial(self._set_aside, aside_at)
+            return self.file.close(first=first, then=self._let_go)
+
+    def _set_aside(self, now: float) -> None:
+        with contextlib.suppress(OSError):
+            self.aside = aside.set_aside(self.path, now)
 
     def _let_go(self) -> None:
         self.left_as = _look(self.path)
         self.lock.release()
 
 
-class _OtherVersion(JournalError):
-    """The file is whole, and of another release."""
+class _SetAside(JournalError):
+    """The file was corrupt, and is out of the way."""
 
 
-async def _translated(path: Path, future: "asyncio.Future[T]") -> T:
+_BY_HAND = (
+    "Charges that were unsettled in it are neither refunded nor voided by themselves: docs/how-to/mend-a-journal.md"
+    " says how a person gets them back"
+)
+
+_SIZES = ("page_count", "freelist_count")
+
+
+def _rows(connection: sqlite3.Connection, statement: str, values: tuple[object, ...]) -> Iterator[Any]:
+    """Rows whose text may be bytes: one that is no UTF-8 must not keep the others from being read."""
+    cursor = connection.cursor()
+    before, connection.text_factory = connection.text_factory, text_or_bytes
     try:
-        return await future
-    except JournalError:
-        raise
-    except Exception as error:
-        raise JournalError(f"{path}: {error}") from error
+        yield from cursor.execute(statement, values)
+    finally:
+        cursor.close()
+        connection.text_factory = before
+
+
+def text_or_bytes(raw: bytes) -> str | bytes:
+    """Text as SQLite gives it; bytes where it is no UTF-8."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw
 
 
 def _columns(record: Record) -> _Row:
@@ -430,8 +591,15 @@ def _columns(record: Record) -> _Row:
     )
 
 
-def _record(row: _Row) -> Record:
+def record_in(row: _Row) -> Record:
+    """The record in a row of `COLUMNS`.
+
+    Raises:
+        JournalError: It cannot be read.
+    """
     charge_id, owner, state, opened_at, tries, due_at, closed_at, body = row
+    if not isinstance(charge_id, str):
+        raise JournalError(f"charge {charge_id!r} cannot be read: its id is no text")
     return record_of(
         charge_id,
         body,

@@ -9,9 +9,12 @@ import contextlib
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from metered_billing.commits import GroupCommit, Outcome, StorageError, Waiting, tell
 from metered_billing.runtime import Executor, connect_sqlite
+
+T = TypeVar("T")
 
 WAL_BYTES = 4 << 20
 """What a log that once was longer is cut back to: SQLite merges it every 1,000 pages, which is this much."""
@@ -60,22 +63,22 @@ class SqliteFile(GroupCommit[sqlite3.Connection]):
             with contextlib.suppress(Exception):
                 self._disconnect()
 
-    def between(self, operation: Callable[[sqlite3.Connection], None]) -> asyncio.Future[None]:
+    def between(self, operation: Callable[[sqlite3.Connection], T]) -> asyncio.Future[T]:
         """Run `operation` in the thread outside any transaction, as VACUUM must. It is queued at once.
 
         Raises:
             StorageError: There is no thread any more. (From the call; from the future, what it raised.)
         """
         loop = asyncio.get_running_loop()
-        done: asyncio.Future[None] = loop.create_future()
+        done: asyncio.Future[T] = loop.create_future()
 
         def run() -> None:
             try:
-                operation(self._open())
+                result = operation(self._open())
             except Exception as error:
                 tell(loop, [(done, None, error)])
             else:
-                tell(loop, [(done, None, None)])
+                tell(loop, [(done, result, None)])
 
         try:
             self._executor.submit(run)

@@ -252,21 +252,11 @@ class SqliteJournal:
                 (closed_before, *(newest_beyond or (None, None)), AT_A_TIME),
             ).rowcount
 
-        def shrink(owner: str, connection: sqlite3.Connection) -> bool:
-            pages, free = (int(connection.execute(f"PRAGMA {name}").fetchone()[0]) for name in _SIZES)
-            if free <= max(SLACK_PAGES, pages // 8):
-                return False
-            # One row a page: it does nothing but when it is asked for them.
-            connection.execute(f"PRAGMA incremental_vacuum({PAGES_AT_A_TIME})").fetchall()
-            # Version 1 made files that cannot: they are, when their process starts again.
-            return int(connection.execute("PRAGMA freelist_count").fetchone()[0]) < free
-
         forgotten = 0
         while deleted := sum(await self._everywhere(delete)):
             forgotten += deleted
-        steps = 0
-        while steps < STEPS_AT_A_TIME and any(await self._everywhere(shrink)):
-            steps += 1
+        for slot in self._slots():
+            await self._shrink(slot)
         return forgotten
 
     async def close(self) -> None:
@@ -437,6 +427,24 @@ class SqliteJournal:
                     await slot.release()
         return results
 
+    async def _shrink(self, slot: "_Slot") -> None:
+        """Give free pages back to the disk, a few at a time; the next look through the journal goes on."""
+
+        def step(connection: sqlite3.Connection) -> bool:
+            pages, free = (int(connection.execute(f"PRAGMA {name}").fetchone()[0]) for name in _SIZES)
+            if free <= max(SLACK_PAGES, pages // 8):
+                return False
+            # `execute` would stop at the first page: the pragma makes a row of no columns for each.
+            connection.executescript(f"PRAGMA incremental_vacuum({PAGES_AT_A_TIME})")
+            # In a file of version 1 it does nothing: that is laid out anew when its process starts again.
+            return int(connection.execute("PRAGMA freelist_count").fetchone()[0]) < free
+
+        # Whatever fails here fails louder where charges are written.
+        with contextlib.suppress(JournalError, StorageError, sqlite3.Error):
+            for _ in range(STEPS_AT_A_TIME):
+                if not await slot.between(step):
+                    break
+
     # Corrupt files.
 
     async def _lose(self, slot: "_Slot") -> None:
@@ -512,6 +520,13 @@ class _Slot:
                 return self._translated(self.file.run(operation, durable=durable), lost)
         except StorageError as error:
             raise JournalError(str(error)) from error
+
+    def between(self, operation: Callable[[sqlite3.Connection], T]) -> Awaitable[T]:
+        """Run it outside any transaction."""
+        with self._mutex:
+            if self._released:
+                raise JournalError(f"{self.path.name} is closed")
+            return self.file.between(operation)
 
     async def _translated(self, future: "asyncio.Future[T]", lost: "Callable[[_Slot], Awaitable[None]] | None") -> T:
         try:

@@ -6,7 +6,7 @@ from typing import Any
 
 from metered_billing.biller import JOURNAL_WITHIN_S
 from metered_billing.charge import Account, Record, State
-from metered_billing.journal.sqlite import _COLUMNS, _record
+from metered_billing.journal.sqlite import _COLUMNS, record_in
 from tests.simulation.app import Story
 from tests.simulation.world import World
 
@@ -44,7 +44,7 @@ def records_of(world: World) -> dict[str, Record]:
     for path in sorted((world.directory / "journal").glob("*.db")):
         connection = sqlite3.connect(path)
         for row in connection.execute(f"SELECT {_COLUMNS} FROM charges ORDER BY id"):
-            record = _record(row)
+            record = record_in(row)
             if record.id in found:
                 world.problem(f"{record.id} stands in two files")
             found[record.id] = record

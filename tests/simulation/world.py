@@ -272,7 +272,9 @@ class World:
 
     def _light_fuse(self, process: Process) -> None:
         if self.strikes("killed between two steps"):
-            process.after_steps(self.random.randrange(4000), lambda: process.kill("killed between two steps"))
+            why = "killed between two steps"
+            # A fuse may burn longer than the chaos lasts.
+            process.after_steps(self.random.randrange(4000), lambda: process.kill(why) if self.chaos else None)
 
     async def stop(self, process: Process, patience_s: float) -> None:
         """Stop an app process as uvicorn does: wait for requests, cancel them, then shut down."""

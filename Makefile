@@ -19,7 +19,7 @@ endef
 
 # Two installations into one environment would get in each other's way.
 .NOTPARALLEL:
-.PHONY: demo test quick simulate check format clean help
+.PHONY: demo test quick simulate check mutants format clean help
 
 help: ## Say what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -56,6 +56,10 @@ check: $(VENV)/.dev ## Lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy examples tests docs/examples docs/make_charge.py
+
+# Of a name: `make mutants MUTANTS=charge.py`.
+mutants: $(VENV)/.dev ## Change each line that decides about money, and see whether a test notices
+	$(BIN)/python -m tests.mutants $(MUTANTS)
 
 format: $(VENV)/.dev ## Put the code in order
 	$(BIN)/ruff check --fix .

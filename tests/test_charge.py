@@ -30,6 +30,7 @@ from metered_billing.charge import (
     Refused,
     Reported,
     State,
+    Unanswered,
     Unknown,
     Unread,
     Voided,
@@ -132,6 +133,12 @@ def test_every_state_can_be_reached_and_left_for_a_final_one() -> None:
     assert all(reachable(state) & FINAL for state in State)
 
 
+def test_states_are_called_in_every_journal_what_they_are_called_here() -> None:
+    """Journals on disk hold these words: another word would lose the charges that they hold."""
+    words = "opened deducted refunding voiding settled declined abandoned voided disputed"
+    assert [str(state) for state in State] == words.split()
+
+
 def test_step_into_a_final_state_closes_the_record() -> None:
     """A final charge says when it became so; one that goes on is due at once, with its tries at 0."""
     waiting = dataclasses.replace(a_record(State.REFUNDING, refund_credits=2), tries=7, due_at=150.0)
@@ -188,10 +195,32 @@ def test_reported_all_succeeded_refunds_nothing() -> None:
     assert settled.kept_credits == 10
 
 
-def test_reported_with_very_many_failed_items_names_the_first() -> None:
-    """A refund names so many items and no more; its amount counts them all."""
-    items = tuple(str(n) for n in range(MAX_ITEMS + 1))
-    assert step(a_record(State.DEDUCTED), Reported(0, items), now=NOW).refund_items == items[:MAX_ITEMS]
+def test_reported_without_a_reason_says_that_items_failed() -> None:
+    """A refund never goes out without words for it."""
+    assert step(a_record(State.DEDUCTED), Reported(8), now=NOW).reason == "failed items"
+
+
+@pytest.mark.parametrize("length", [3, 40])
+def test_reported_with_very_many_failed_items_names_the_first(length: int) -> None:
+    """A refund names a thousand items and no more, however short they are; its amount counts them all."""
+    items = tuple(f"{n:0{length}}" for n in range(2 * MAX_ITEMS))
+    assert step(a_record(State.DEDUCTED), Reported(0, items), now=NOW).refund_items == items[:1_000]
+    assert MAX_ITEMS == 1_000
+
+
+def test_reported_with_ids_as_long_as_may_be_names_them_all() -> None:
+    """64 KiB of ids are named to the last; one byte more, and the last is not."""
+    items = tuple(f"{n:0128}" for n in range(512))
+    assert sum(map(len, items)) == MAX_ITEMS_BYTES == 65_536
+    assert step(a_record(State.DEDUCTED), Reported(0, items), now=NOW).refund_items == items
+    longer = (*items[:-1], items[-1] + "x")
+    assert step(a_record(State.DEDUCTED), Reported(0, longer), now=NOW).refund_items == items[:-1]
+
+
+def test_reported_with_half_a_surrogate_pair_still_refunds() -> None:
+    """What no database can hold must not stop the money."""
+    refunding = step(a_record(State.DEDUCTED), Reported(0, ("\ud800",)), now=NOW)
+    assert (refunding.refund_credits, refunding.refund_items) == (10, ("\ud800",))
 
 
 @pytest.mark.parametrize("kept", [-1, 11])
@@ -279,7 +308,8 @@ def test_orphaned_opened_is_unknown() -> None:
     """It may have been sent in the instant before the crash: void it."""
     event = orphaned(OPENED)
     assert event is not None
-    assert step(OPENED, event, now=NOW).state is State.VOIDING
+    after = step(OPENED, event, now=NOW)
+    assert (after.state, after.reason) == (State.VOIDING, "found after its request had ended, without an answer")
 
 
 def test_orphaned_deducted_refunds_all() -> None:
@@ -289,6 +319,7 @@ def test_orphaned_deducted_refunds_all() -> None:
     assert event is not None
     after = step(record, event, now=NOW)
     assert (after.state, after.refund_credits) == (State.REFUNDING, 10)
+    assert after.reason == "the request ended before its outcome was on record"
 
 
 @pytest.mark.parametrize("state", sorted(set(State) - {State.OPENED, State.DEDUCTED}))
@@ -327,6 +358,14 @@ def test_record_begins_with_nothing_done() -> None:
     assert OPENED.state is State.OPENED
     assert (OPENED.refund_credits, OPENED.refund_items, OPENED.tries, OPENED.due_at) == (0, (), 0, 0.0)
     assert (OPENED.transaction_id, OPENED.declined_at, OPENED.closed_at) == (None, None, None)
+    assert OPENED.owner == ""
+
+
+def test_answers_say_no_more_than_they_were_told() -> None:
+    """Unless it is said, an answer is nobody's mistake, moved nothing, was sent and was not a decline."""
+    assert not Unknown("timed out").misconfigured
+    assert Voided().refunded_credits == 0
+    assert (Unanswered("timed out").sent, Unanswered("timed out").declined) == (True, False)
 
 
 def test_refund_key_is_the_charges_own() -> None:
@@ -348,9 +387,18 @@ def test_refund_key_is_the_charges_own() -> None:
         (State.VOIDED, 10, 0),
     ],
 )
-def test_kept_credits(state: State, refund: int, kept: int) -> None:
-    """Paid for good is what the outcome left, and nothing before there is one."""
-    assert a_record(state, refund_credits=refund).kept_credits == kept
+@pytest.mark.parametrize("transaction_id", [None, "tx"])
+def test_kept_credits(state: State, refund: int, kept: int, transaction_id: str | None) -> None:
+    """Paid for good is what the outcome left, and nothing before there is one, whether it was deducted or not."""
+    record = dataclasses.replace(a_record(state, refund_credits=refund), transaction_id=transaction_id)
+    assert record.kept_credits == kept
+
+
+@pytest.mark.parametrize(("transaction_id", "kept"), [(None, 0), ("tx", 8)])
+def test_kept_credits_of_a_disputed_refund(transaction_id: str | None, kept: int) -> None:
+    """What was to go back is disputed, and the rest kept; where nothing is known to be taken, nothing is."""
+    disputed = dataclasses.replace(a_record(State.DISPUTED, refund_credits=2), transaction_id=transaction_id)
+    assert disputed.kept_credits == kept
 
 
 @pytest.mark.parametrize("value", ["t", "ü" * MAX_ID_LENGTH, "a b/c?d#e"])

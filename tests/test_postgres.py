@@ -128,7 +128,7 @@ async def test_two_that_lock_each_other_out_both_go_through(database: PostgresDa
         return operation
 
     async with opened(pg_url) as other:
-        assert await asyncio.gather(database.run(update(1, 2)), other.run(update(2, 1))) == [1, 1]
+        assert list(await asyncio.gather(database.run(update(1, 2)), other.run(update(2, 1)))) == [1, 1]
     assert await notes(database) == [21, 22]
 
 
@@ -213,7 +213,11 @@ async def test_operations_that_wait_share_a_commit_in_order(database: PostgresDa
     gate = threading.Event()
     held = database.run(lambda c: gate.wait(3))
     order: list[int] = []
-    futures = [database.run(lambda c, n=n: order.append(n)) for n in range(60)]
+
+    def noting(number: int) -> Any:
+        return lambda connection: order.append(number)
+
+    futures = [database.run(noting(n)) for n in range(60)]
     await asyncio.sleep(0.05)
     gate.set()
     await asyncio.gather(held, *futures)

@@ -19,7 +19,7 @@ endef
 
 # Two installations into one environment would get in each other's way.
 .NOTPARALLEL:
-.PHONY: demo test quick simulate check mutants format clean help
+.PHONY: demo test quick simulate chaos check mutants format clean help
 
 help: ## Say what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,12 @@ SEEDS ?= 10000
 
 simulate: $(VENV)/.dev ## Simulate crashes, losses and delays: SEEDS=10000, SEEDS=200-299, SEEDS=seed:1234
 	@$(BIN)/python -m tests.simulation $(SEEDS)
+
+ENGINE ?= both
+SECONDS ?= 60
+
+chaos: $(VENV)/.dev ## kill -9 under load, then the books: ENGINE=sqlite SECONDS=600
+	@$(BIN)/python -m tests.chaos --engine $(ENGINE) --seconds $(SECONDS)
 
 check: $(VENV)/.dev ## Lint and types
 	$(BIN)/ruff check .

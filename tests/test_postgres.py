@@ -128,6 +128,7 @@ async def test_two_that_lock_each_other_out_both_go_through(database: PostgresDa
         return operation
 
     async with opened(pg_url) as other:
+        await other.run(lambda c: c.execute("SELECT 1") and 1)  # connected, so that neither waits for the other idly
         assert list(await asyncio.gather(database.run(update(1, 2)), other.run(update(2, 1)))) == [1, 1]
     assert await notes(database) == [21, 22]
 

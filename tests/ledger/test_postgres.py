@@ -107,6 +107,23 @@ def books_balance(url: str) -> None:
     )
 
 
+def interrupt(monkeypatch: pytest.MonkeyPatch, method: str, url: str, command: Command) -> None:
+    """Let another ledger decide `command`, and commit it, just before the next call of a method of the books."""
+    go_on = getattr(PostgresBooks, method)
+
+    async def decide() -> None:
+        other = Ledger(url)
+        assert (await other.decide(command)).done
+        await other.close()
+
+    def interrupted(books: PostgresBooks, *arguments: Any) -> None:
+        monkeypatch.undo()
+        asyncio.run(decide())  # we are in the ledger's own thread, which has no loop
+        go_on(books, *arguments)
+
+    monkeypatch.setattr(PostgresBooks, method, interrupted)
+
+
 class TestSeveral:
     def test_anything_at_once_balances(self, pg_clean: str) -> None:
         """Deductions, refunds, voids, grants and batches, over few keys and accounts, from three ledgers in threads."""
@@ -238,6 +255,28 @@ class TestSeveral:
         assert (await ledger.refund(refund(transaction, 3))).body["balance"] == 93
         assert len(looked) > 2
         await other.close()
+        books_balance(pg_clean)
+
+    @pytest.mark.parametrize("method", ["_lock", "flush"])
+    @pytest.mark.parametrize("second", [void(user="bob"), deduct(user="bob"), grant(1, key="charge-1", user="bob")])
+    async def test_key_taken_by_another_user_in_the_middle(
+        self, ledger: Ledger, pg_clean: str, monkeypatch: pytest.MonkeyPatch, method: str, second: Command
+    ) -> None:
+        """Before the locks or after the decision: whoever commits later is rolled back, and sees who was first."""
+        await granted(ledger)
+        await granted(ledger, user="bob")
+        interrupt(monkeypatch, method, pg_clean, deduct())
+        answer = await ledger.decide(second)
+        assert (answer.status, answer.refusal) == (422, "idempotency-key-reused")
+        books_balance(pg_clean)
+
+    async def test_refund_sees_the_void_that_it_waited_for(
+        self, ledger: Ledger, pg_clean: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What was committed before the lock was had is known: the refund is told of the void."""
+        transaction = (await deducted(ledger, 10)).body["transaction_id"]
+        interrupt(monkeypatch, "_lock", pg_clean, void())
+        assert (await ledger.refund(refund(transaction))).refusal == "charge-voided"
         books_balance(pg_clean)
 
     async def test_started_at_once_make_the_tables_once(self, ledgers: list[Ledger]) -> None:

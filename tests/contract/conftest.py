@@ -78,7 +78,8 @@ async def backend(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
     else:
         ledger = Ledger(place)
         transport = httpx.ASGITransport(create_app(ledger, Tokens(TOKENS)))
-        kept = HttpCredits("http://credits", token=ADMIN, transport=transport)
+        # Patient: a busy machine is no failure.
+        kept = HttpCredits("http://credits", token=ADMIN, transport=transport, timeout_s=60, attempt_timeout_s=30)
     yield Backend(kept, ledger)
     await kept.aclose()
     await ledger.close()

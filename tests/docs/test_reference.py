@@ -20,6 +20,7 @@ from metered_billing.conformance import CHECKS
 from metered_billing.credits.contract import Contract, Reply
 from metered_billing.errors import BillingError
 from metered_billing.middleware import Exchange
+from metered_billing.reconcile import KINDS
 
 from .pages import DOCS, UPDATE, Page, code, table
 
@@ -191,7 +192,18 @@ def command_named(name: str) -> Any:
     return found
 
 
-COMMANDS = ["serve", "grant", "balance", "transactions", "charges list", "charges show", "explain", "conformance"]
+COMMANDS = [
+    "serve",
+    "grant",
+    "balance",
+    "transactions",
+    "charges list",
+    "charges show",
+    "explain",
+    "recover",
+    "reconcile",
+    "conformance",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -206,6 +218,14 @@ def test_options_are_on_the_page(command: str) -> None:
     rows = table(page, command)
     shown = {code(row[0])[0]: ((code(row[2]) or [""])[0], (code(row[1]) or [""])[0]) for row in rows}
     assert shown == made
+
+
+def test_kinds_of_differences_are_on_the_page() -> None:
+    """Each with its meaning, word for word."""
+    text = Page(REFERENCE / "cli.md").text
+    shown = dict(re.findall(r"^\| `([a-z ]+)` \| ([^|]+) \|$", text.partition("| difference | it means |")[2], re.M))
+    assert shown.keys() == KINDS.keys()
+    assert all(shown[kind].startswith(meaning) for kind, meaning in KINDS.items())
 
 
 # answers.md

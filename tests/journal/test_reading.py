@@ -55,7 +55,7 @@ async def test_what_cannot_be_read_is_named_and_hides_nothing_else(tmp_path: Pat
     with closing(sqlite3.connect(tmp_path / "charges-0.db")) as connection, connection:
         connection.execute("UPDATE charges SET body = '{' WHERE id = ?", (broken.id,))
     (tmp_path / "charges-1.db").write_bytes(b"not a database at all" * 100)
-    (tmp_path / "charges-2.db.corrupt-1").write_bytes(b"?")
+    (tmp_path / "charges-2.corrupt-20261125T101500Z.db").write_bytes(b"?")
     shutil.copy(tmp_path / "charges-0.db", tmp_path / "charges-3.db")
     with closing(sqlite3.connect(tmp_path / "charges-3.db")) as connection:
         connection.execute("PRAGMA user_version = 99")
@@ -63,7 +63,12 @@ async def test_what_cannot_be_read_is_named_and_hides_nothing_else(tmp_path: Pat
     with SqliteReader(tmp_path) as reader:
         assert [seen.record.id for seen in reader.charges(ALL)] == [good.id]
         named = dict(reader.unusable)
-    assert named.keys() == {"charges-1.db", "charges-2.db.corrupt-1", "charges-3.db", f"charge {broken.id}"}
+    assert named.keys() == {
+        "charges-1.db",
+        "charges-2.corrupt-20261125T101500Z.db",
+        "charges-3.db",
+        f"charge {broken.id}",
+    }
     assert "version 99" in named["charges-3.db"]
 
 
@@ -79,13 +84,11 @@ async def test_file_damaged_further_on_yields_what_comes_before(tmp_path: Path) 
         assert "charges-0.db" in reader.unusable
 
 
-async def test_file_of_other_credits_is_left_out_where_one_is_asked_for(tmp_path: Path) -> None:
-    """Its charges cannot be found at this service."""
-    await keep(tmp_path, [charge()], realm="https://old")
-    with SqliteReader(tmp_path, realm="https://new") as reader:
-        assert not list(reader.charges(ALL))
-        assert "https://old" in reader.unusable["charges-0.db"]
-    assert len(seen(tmp_path)) == 1
+async def test_realms_are_those_of_its_files(tmp_path: Path) -> None:
+    """A charge can only be found where it was made."""
+    await keep(tmp_path, [charge()], realm="https://credits")
+    with SqliteReader(tmp_path) as reader:
+        assert set(reader.realms) == {"https://credits"}
 
 
 # What is there.

@@ -89,14 +89,14 @@ def show(
     with looking_into(journal) as reader:
         found = [seen for seen in reader.charges(Wanted(name=charge_id)) if seen.record.id == charge_id]
         unusable = complain_of(reader)
-    if not found:
-        raise Failure(_not_there(charge_id, journal, unusable=unusable))
+        if not found:
+            raise _not_there(charge_id, reader)
     document = _document(found[0], now)
     if as_json:
         terminal.say_json(document)
     else:
         terminal.say_facts([(name, _in_a_line(value)) for name, value in document.items() if value not in (None, [])])
-    if found[0].worry(now):
+    if unusable or found[0].worry(now):
         raise typer.Exit(ATTENTION)
 
 
@@ -112,8 +112,8 @@ def explain(
     with looking_into(journal) as reader:
         found = list(islice(reader.charges(Wanted(name=name, oldest_first=True)), TOLD + 1))
         unusable = complain_of(reader)
-    if not found:
-        raise Failure(_not_there(name, journal, unusable=unusable))
+        if not found:
+            raise _not_there(name, reader)
     told, more = found[:TOLD], len(found) > TOLD
     ledger: dict[str, _Looked] = {}
     failure = None
@@ -138,14 +138,14 @@ def explain(
 
 
 @contextmanager
-def looking_into(journal: str, *, realm: str | None = None) -> Iterator[JournalReader]:
+def looking_into(journal: str) -> Iterator[JournalReader]:
     """The journal, open for reading.
 
     Raises:
         Failure: It is not there, or cannot be read.
     """
     try:
-        with open_reader(journal, realm=realm) as reader:
+        with open_reader(journal) as reader:
             yield reader
     except JournalError as error:
         raise Failure(f"{error}. Say where the app's journal is: --journal, or METERED_BILLING_JOURNAL.") from None
@@ -158,10 +158,10 @@ def complain_of(reader: JournalReader) -> bool:
     return bool(reader.unusable)
 
 
-def _not_there(name: str, journal: str, *, unusable: bool) -> str:
-    beyond = " But not all of it could be read." if unusable else ""
-    return (
-        f"There is no charge and no request {name} in the journal {journal}."
+def _not_there(name: str, reader: JournalReader) -> Failure:
+    beyond = " But not all of it could be read." if reader.unusable else ""
+    return Failure(
+        f"There is no charge and no request {name} in the journal {reader.place}."
         f" It keeps final charges for 7 days, and the latest 100,000.{beyond}"
     )
 

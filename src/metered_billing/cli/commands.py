@@ -15,6 +15,8 @@ from metered_billing.cli.conformance import conformance
 from metered_billing.cli.failure import Failure
 from metered_billing.cli.migrate import migrate
 from metered_billing.cli.options import AnyUser, AsJson, CreditsUrl, Tenant, Token, User
+from metered_billing.cli.reconcile import reconcile
+from metered_billing.cli.recover import recover
 from metered_billing.cli.source import Document, Source, open_source
 from metered_billing.ledger import Ledger, LedgerError
 from metered_billing.ledger.store import MAX_PAGE
@@ -36,6 +38,8 @@ app.add_typer(charges.app, name="charges")
 app.command()(charges.explain)
 app.command()(migrate)
 app.command()(conformance)
+app.command()(recover)
+app.command()(reconcile)
 
 
 @app.command()

@@ -4,12 +4,14 @@ import re
 import time
 from datetime import UTC, datetime
 from typing import Annotated
+from urllib.parse import unquote
 
 import typer
 from pydantic import SecretStr
 
 from metered_billing.cli.failure import Failure
 from metered_billing.journal.reading import JournalReader, SqliteReader
+from metered_billing.ledger.places import POSTGRES
 from metered_billing.settings import SQLITE, Settings
 
 ATTENTION = 3
@@ -36,7 +38,7 @@ AnyUser = Annotated[str | None, typer.Option(help="Only this user's; without one
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, as the credits API has it.")]
 Journal = Annotated[
     str,
-    typer.Option(envvar="METERED_BILLING_JOURNAL", help="The app's journal: a directory."),
+    typer.Option(envvar="METERED_BILLING_JOURNAL", help="The app's journal: a directory, or postgresql://…"),
 ]
 AnyTenant = Annotated[str | None, typer.Option(help="Only this tenant's.")]
 Since = Annotated[
@@ -64,17 +66,30 @@ def read_since(text: str | None, *, now: float | None = None) -> float | None:
         raise Failure("--since: write 30m, 24h, 7d, 2026-11-25 or 2026-11-25T09:30:00Z.", 2) from None
 
 
-def open_reader(place: str, *, realm: str | None = None) -> JournalReader:
+def open_reader(place: str) -> JournalReader:
     """A journal, to be looked into.
 
     Raises:
         Failure: It is not a place that a journal can be kept in.
     """
+    if place.startswith(POSTGRES):
+        return _open_postgres(place)
     if place.startswith(SQLITE):
-        place = place.removeprefix(SQLITE)
+        place = unquote(place.removeprefix(SQLITE))
     if "://" in place or not place:
-        raise Failure("--journal: a directory, or a sqlite:///DIRECTORY URL.", 2)
-    return SqliteReader(place, realm=realm)
+        raise Failure("--journal: a directory, or a sqlite:///DIRECTORY or postgresql:// URL.", 2)
+    return SqliteReader(place)
+
+
+def _open_postgres(url: str) -> JournalReader:
+    try:
+        from metered_billing.journal.reading_postgres import PostgresReader
+    except ImportError as error:
+        raise Failure(f"{error}.") from None
+    try:
+        return PostgresReader(url)
+    except ValueError as error:
+        raise Failure(f"--journal: {error}.", 2) from None
 
 
 def secret(token: str | None) -> SecretStr | None:

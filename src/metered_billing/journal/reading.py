@@ -8,14 +8,14 @@ import heapq
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 from urllib.parse import quote
 
 from metered_billing.charge import Record, State
-from metered_billing.journal import JournalError
+from metered_billing.journal import JournalError, aside
 from metered_billing.journal.lock import FileLock
 from metered_billing.journal.sqlite import SCHEMA, _look, record_in
 
@@ -86,8 +86,23 @@ class JournalReader(Protocol):
     """A journal, to be looked into. A context manager; synchronous, for the command line."""
 
     @property
+    def place(self) -> str:
+        """Where it is, without secrets."""
+        ...
+
+    @property
     def unusable(self) -> Mapping[str, str]:
         """What could not be read, by name, and why."""
+        ...
+
+    @property
+    def known_dead_after_s(self) -> float:
+        """How long a process may be taken for living after its death."""
+        ...
+
+    @property
+    def realms(self) -> Collection[str]:
+        """Which credits its charges were last made at (`Credits.realm`)."""
         ...
 
     def charges(self, wanted: Wanted) -> Iterator[Seen]:
@@ -115,34 +130,40 @@ class SqliteReader:
     read transaction a page does not keep the writer from cleaning up its log. A dead one's is copied, with
     its log: to open the file itself would mean to recover that log, which is for its next owner to do.
 
-    Args:
-        realm: Only files of these credits (`Credits.realm`); others are `unusable`. None: all.
-
     Raises:
         JournalError: There is no such directory, or it cannot be read.
     """
 
-    def __init__(self, directory: str | Path, *, realm: str | None = None) -> None:
+    known_dead_after_s = 0.0
+
+    def __init__(self, directory: str | Path) -> None:
         self._directory = Path(directory)
-        self._realm = realm
+        self._realms: set[str] = set()
         self._unusable: dict[str, str] = {}
         self._files: list[_File] = []
         self._stack = contextlib.ExitStack()
 
     @property
+    def place(self) -> str:
+        return str(self._directory)
+
+    @property
     def unusable(self) -> Mapping[str, str]:
         return self._unusable
+
+    @property
+    def realms(self) -> Collection[str]:
+        return self._realms
 
     def __enter__(self) -> Self:
         if not self._directory.is_dir():
             raise JournalError(f"there is no journal at {self._directory}")
         try:
             copies = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="metered-billing-")))
-            for path in sorted(self._directory.iterdir()):
-                if path.match("charges-*.db"):
-                    self._open(path, copies)
-                elif "corrupt" in path.name and not path.name.endswith(("-wal", "-shm")):
-                    self._unusable[path.name] = "set aside as corrupt: what stands in it is not read"
+            for path in aside.live(self._directory):
+                self._open(path, copies)
+            for name in aside.listed(self._directory):
+                self._unusable[name] = "set aside as corrupt: what stands in it is not read"
         except OSError as error:
             self._stack.close()
             raise JournalError(f"{self._directory} cannot be read: {error}") from error
@@ -186,9 +207,7 @@ class SqliteReader:
                 return  # somebody is making it
             if version > SCHEMA.version:
                 raise JournalError(f"a journal of version {version}; this release reads up to {SCHEMA.version}")
-            about = connection.execute("SELECT realm FROM about").fetchone()
-            if about is not None and self._realm not in (None, about[0]):
-                raise JournalError(f"its charges were made at {about[0]}, and this is {self._realm}")
+            self._realms |= {realm for (realm,) in connection.execute("SELECT realm FROM about")}
         except (JournalError, sqlite3.Error, OSError) as error:
             self._unusable[path.name] = str(error)
         else:

@@ -1,0 +1,214 @@
+"""`recover`: what dead processes left, driven to its end without starting the app."""
+
+import asyncio
+import math
+import time
+from collections import Counter
+from contextlib import suppress
+from typing import Annotated, Any
+
+import typer
+from opentelemetry.trace import Span
+
+from metered_billing import telemetry as names
+from metered_billing.charge import Record
+from metered_billing.cli import terminal
+from metered_billing.cli.charges import looking_into
+from metered_billing.cli.failure import Failure
+from metered_billing.cli.options import ATTENTION, JOURNAL, CreditsUrl, Journal, Token, secret
+from metered_billing.credits import Credits
+from metered_billing.explain import as_document, in_words, moment, name_of
+from metered_billing.journal import Journal as KeptJournal
+from metered_billing.journal import JournalError
+from metered_billing.journal.reading import Seen, Wanted
+from metered_billing.ledger import LedgerError
+from metered_billing.runtime import Runtime
+from metered_billing.settings import open_credits, open_journal
+from metered_billing.settler import Settler
+from metered_billing.telemetry import Telemetry
+
+LISTED = 100
+"""How many of the charges that are left are named."""
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+class Watching(Telemetry):
+    """Counts what the settler does, and remembers why something has to wait. Logs nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended: Counter[str] = Counter()
+        self.refunded = 0
+        self.waits: dict[str, str] = {}
+        self.troubles: dict[str, str] = {}
+
+    def log(
+        self,
+        event: str,
+        record: Record | None = None,
+        *,
+        span: Span | None = None,
+        exc_info: BaseException | None = None,
+        **fields: Any,
+    ) -> None:
+        if event in (names.LOG_SETTLED, names.LOG_VOIDED, names.LOG_DISPUTED) and record is not None:
+            self.ended[str(record.state)] += 1
+            self.waits.pop(record.id, None)
+        if event in (names.LOG_REFUNDED, names.LOG_VOIDED):
+            self.refunded += int(fields.get("refunded") or 0)
+        if event == names.LOG_POSTPONED and record is not None and (record.id in self.waits or self._room()):
+            self.waits[record.id] = str(fields.get("reason"))
+        if event in (names.LOG_JOURNAL_FAILED, names.LOG_BUG):
+            name = str(fields.get("unusable") or (record.id if record is not None else event))
+            self.troubles[name] = str(fields.get("reason") or exc_info)
+
+    def _room(self) -> bool:
+        return len(self.waits) < LISTED
+
+
+def recover(
+    journal: Journal = JOURNAL,
+    credits_url: CreditsUrl = None,
+    token: Token = None,
+    within: Annotated[float, typer.Option(min=0, help="How many seconds to try, at the most.")] = 60,
+    as_json: AsJson = False,
+) -> None:
+    """Finish what dead processes left in the journal, when the app is not to be started."""
+    if not credits_url:
+        raise Failure("Say where the credits are: --credits URL, or METERED_BILLING_CREDITS.", 2)
+    with looking_into(journal):
+        pass  # a journal that is not there must not be made
+    watching, runtime = Watching(), Runtime()
+    try:
+        credits = open_credits(credits_url, secret(token), runtime, watching)  # noqa: A001 - the field's word
+        place = open_journal(journal, runtime)
+    except ValueError as error:
+        raise Failure(f"{error}.", 2) from None
+    except ImportError as error:
+        raise Failure(f"{error}.") from None
+    try:
+        asyncio.run(_Recovery(journal, credits, place, watching, runtime).run(within))
+    except (JournalError, LedgerError) as error:
+        raise Failure(f"{error}.") from None
+    except KeyboardInterrupt:
+        raise Failure("Stopped. What is not done stays in the journal.") from None
+    left, living = _what_is_left(journal)
+    _say(watching, left, living, as_json=as_json)
+    if left or watching.ended["disputed"] or watching.troubles:
+        raise typer.Exit(ATTENTION)
+
+
+class _Recovery:
+    """One run: a place in the journal, as one more process has it."""
+
+    def __init__(
+        self,
+        where: str,
+        credits: Credits,  # noqa: A002 - the field's word
+        journal: KeptJournal,
+        watching: Watching,
+        runtime: Runtime,
+    ) -> None:
+        self._where = where
+        self._credits = credits
+        self._journal = journal
+        self._watching = watching
+        self._runtime = runtime
+        self._settler = Settler(credits, journal, runtime, watching)
+
+    async def run(self, within_s: float) -> None:
+        """Recover until nothing is left to do, or the time is over.
+
+        Raises:
+            JournalError, LedgerError: The journal or the ledger cannot be had.
+        """
+        showing = asyncio.create_task(self._show_progress())
+        try:
+            await self._credits.start()
+            await self._journal.start(self._credits.realm)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(within_s):
+                    await self._until_done()
+        finally:
+            showing.cancel()
+            try:
+                await self._journal.close()
+            finally:
+                await self._credits.aclose()
+
+    async def _until_done(self) -> None:
+        began = time.monotonic()
+        while True:
+            await self._settler.recover()
+            now = self._runtime.now()
+            ours = sum(count for count, _ in (await self._journal.unsettled(now)).values())
+            if not ours and not self._may_be_dead(time.monotonic() - began):
+                return
+            due = await self._journal.next_due(now)
+            await self._runtime.sleep(min(max((due or math.inf) - now, 0.1), 1.0))
+
+    def _may_be_dead(self, after_s: float) -> bool:
+        """Whether somebody else's charges may still turn out to be a dead process's."""
+        with looking_into(self._where) as reader:
+            if after_s > reader.known_dead_after_s:
+                return False
+            return next(reader.charges(Wanted(unsettled=True)), None) is not None
+
+    async def _show_progress(self) -> None:
+        shown = 0
+        while True:
+            await asyncio.sleep(1)
+            done = self._watching.ended.total()
+            if done != shown:
+                terminal.complain(f"{done:,} charges are final")
+            shown = done
+
+
+def _what_is_left(journal: str) -> tuple[list[Seen], int]:
+    """Charges that nobody living has, and how many somebody living has."""
+    left: list[Seen] = []
+    living = 0
+    with looking_into(journal) as reader:
+        for seen in reader.charges(Wanted(unsettled=True, oldest_first=True)):
+            if seen.living:
+                living += 1
+            else:
+                left.append(seen)
+    return left, living
+
+
+def _say(watching: Watching, left: list[Seen], living: int, *, as_json: bool) -> None:
+    for name, why in watching.troubles.items():
+        terminal.complain(f"{name}: {why}")
+    if as_json:
+        terminal.say_json(
+            {
+                "final": dict(watching.ended),
+                "refunded": watching.refunded,
+                "left_count": len(left),
+                "left": [
+                    {**as_document(seen.record, living=False), "why": _why(watching, seen)} for seen in left[:LISTED]
+                ],
+                "with_living_processes": living,
+                "troubles": watching.troubles,
+            }
+        )
+        return
+    ended = ", ".join(f"{count:,} {state}" for state, count in sorted(watching.ended.items()))
+    if ended:
+        terminal.say(f"Now final: {ended}. {in_words(watching.refunded)} went back.")
+    if living:
+        terminal.say(f"With living processes, and left to them: {living:,}.")
+    for seen in left[:LISTED]:
+        record = seen.record
+        next_at = f"next at {moment(record.due_at)}" if record.tries else "not tried"
+        terminal.say(
+            f"{record.id}  {name_of(record.account)}  {record.state}  {in_words(record.amount_credits)}"
+            f"  {record.tries:,} tries, {next_at}: {_why(watching, seen)}"
+        )
+    terminal.say(f"Left: {len(left):,}. They stay in the journal." if left else "Nothing is left.")
+
+
+def _why(watching: Watching, seen: Seen) -> str:
+    return watching.waits.get(seen.record.id, "there was no time, or it was made at other credits")

@@ -467,8 +467,9 @@ class Settler:
                     if due is not None:
                         wait_s = min(due - self._runtime.now(), wait_s)
                 except Exception as error:
-                    # A journal that fails, or a bug: the next round tries again.
-                    self._telemetry.log(names.LOG_BUG, exc_info=error, reason="recovery failed")
+                    # The next round tries again.
+                    event = names.LOG_JOURNAL_FAILED if isinstance(error, JournalError) else names.LOG_BUG
+                    self._telemetry.log(event, exc_info=error, reason="recovery failed")
                 outages = 0 if reachable else outages + 1
                 # However many are due, a service that cannot be reached is asked ever more seldom.
                 pause_s = min(FIRST_BACKOFF_S * 2 ** min(outages, 16), self._recover_every_s) if outages else 0.05

@@ -3,7 +3,9 @@
 import dataclasses
 import gzip
 import json
+import random
 import re
+import threading
 import time
 import zlib
 from collections.abc import Iterator, Mapping
@@ -36,6 +38,7 @@ from metered_billing.outcomes import (
     reader_for,
     whole_number,
 )
+from metered_billing.outcomes.paid import id_of, shown
 from metered_billing.outcomes.select import succeeded
 
 THREE = Paid(3)
@@ -154,10 +157,10 @@ def test_cost_of_with_a_price() -> None:
         (None, TypeError, "this is NoneType None"),
         (True, TypeError, "this is bool True"),
         (1.0, TypeError, "this is float 1.0"),
-        ("3", TypeError, "this is str '3'"),
+        ("3", TypeError, "^cost must be a whole number of units, or a mapping of item id to units; this is str '3'"),
         ([1, 2], TypeError, r"this is list \[1, 2\]"),
         (np.int64(3), TypeError, "this is int64"),
-        (-1, ValueError, "this is int -1"),
+        (-1, ValueError, "^cost must be from 0 to 9007199254740991; this is int -1"),
         (MAX_AMOUNT + 1, ValueError, "must be from 0 to 9007199254740991"),
         (10**5000, ValueError, "int that cannot be shown"),
         ({"a": -1}, ValueError, "the units of an item must be from 0"),
@@ -218,6 +221,37 @@ def test_cost_of_shows_any_value_safely(value: object) -> None:
     assert len(str(caught.value)) < 200
 
 
+class Wordy:
+    def __init__(self, words: str) -> None:
+        self._words = words
+
+    def __repr__(self) -> str:
+        return self._words
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (Wordy("x" * 80), "x" * 80),
+        (["x" * 76], f"['{'x' * 76}']"),
+        (["x" * 77], f"['{'x' * 77}…"),
+        (Wordy("x" * 40 + "y" * 41), f"{'x' * 38}...{'y' * 39}"),
+        (Wordy("a\x1b\nb"), "a??b"),
+    ],
+    ids=short,
+)
+def test_shown_values_are_cut_at_80_characters(value: object, text: str) -> None:
+    """What is too long ends in dots, and a character that would harm a terminal is a question mark."""
+    assert shown(value) == text
+    assert len(text) <= 80
+
+
+def test_id_of_an_int_that_is_nobodys() -> None:
+    """Python would not write out an int of thousands of digits, so it is no id."""
+    assert id_of(2**4095 - 1) == str(2**4095 - 1)
+    assert id_of(2**4095) is None
+
+
 def test_whole_number_names_what_it_is_about() -> None:
     """The caller's word for it stands in the error."""
     assert whole_number("max_units", 5) == 5
@@ -257,7 +291,7 @@ def test_said_units_add_up_to_what_was_paid_for() -> None:
         (ABC, None, 1, TypeError, "priced by item"),
         (THREE, "a", None, TypeError, r"priced by a number of units: say fail\(units=…\)"),
         (THREE, 2, None, TypeError, r"say fail\(units=…\)"),
-        (THREE, None, -1, ValueError, "must be from 0"),
+        (THREE, None, -1, ValueError, r"^fail\(units=…\) must be from 0"),
         (THREE, None, True, TypeError, "must be a whole number; this is bool True"),
         (THREE, None, 1.0, TypeError, "must be a whole number; this is float"),
     ],
@@ -278,6 +312,30 @@ def test_said_from_many_threads_loses_nothing() -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: it.fail(units=1), range(4000)))
     assert it.units == 4000
+
+
+def test_said_from_two_threads_at_the_same_moment_adds_both() -> None:
+    """One waits for the other to have added its units, or else one of the two refunds would be lost."""
+    it = Said(THREE)
+    others: list[threading.Thread] = []
+
+    class Interrupted:
+        """What was paid for, where another thread comes in as soon as it is looked at."""
+
+        by_item = None
+
+        @property
+        def units(self) -> int:
+            if not others:
+                others.append(threading.Thread(target=it.fail, kwargs={"units": 1}))
+                others[0].start()
+                others[0].join(0.1)  # it cannot come to its end before we have
+            return 3
+
+    it._paid = Interrupted()  # type: ignore[assignment]
+    it.fail(units=1)
+    others[0].join()
+    assert it.units == 2
 
 
 # Statuses.
@@ -302,7 +360,7 @@ def test_status_that_means_success(status: object) -> None:
 )
 def test_status_that_means_failure(status: object) -> None:
     """All else failed: when in doubt the credits go back."""
-    assert not succeeded(status)
+    assert succeeded(status) is False
 
 
 # Counting for a cost that was a number.
@@ -443,6 +501,13 @@ def test_mismatch_names_the_first_three() -> None:
     assert count(paid, ById([]), Said(paid)).mismatch == words
 
 
+def test_mismatch_names_40_characters_of_an_id() -> None:
+    """A long id is known by how it begins."""
+    paid = Paid(1, {"0123456789" * 5: 1})
+    words = f"1 of 1 items not reported ('{'0123456789' * 4}')"
+    assert count(paid, ById([]), Said(paid)).mismatch == words
+
+
 def test_mismatch_stays_short_and_printable() -> None:
     """Thousands of hostile ids make one short line of log."""
     paid = Paid(1000, {f"{n}-{'y' * 200}": 1 for n in range(1000)})
@@ -502,7 +567,8 @@ def test_from_returned_takes_three_shapes(value: object, report: object) -> None
         (True, TypeError, "this is bool True"),
         (2.0, TypeError, "this is float 2.0"),
         ("ok", TypeError, "this is str 'ok'"),
-        (b"ok", TypeError, "this is bytes"),
+        (b"ok", TypeError, "outcomes must return booleans in order.* this is bytes"),
+        (bytearray(b"ok"), TypeError, "outcomes must return booleans in order.* this is bytearray"),
         ({True}, TypeError, "this is set"),
         ({"a": True}.keys(), TypeError, "this is dict_keys"),
         (-1, ValueError, "from 0; this is int -1"),
@@ -623,6 +689,7 @@ def test_body_without_a_path_reports_in_results_or_items(body: object) -> None:
     [
         {"items": ["a", "b", "c"]},
         {"items": [{"id": 1}, {"id": 2}, {"id": 3}]},
+        {"items": [{"id": 1}, {"id": 2, "status": "failed"}, {"id": 3, "status": "ok"}]},
         {"items": [False, False, "c"]},
         {"results": "abc"},
         {"results": None},
@@ -647,6 +714,19 @@ def test_body_without_a_path_of_another_length_is_not_read(name: str, number: in
     outcome = read({name: [False] * number})
     assert outcome == Outcome(3, mismatch=f"`{name}` does not report on exactly what was paid for, and was not read")
     assert read({name: [False] * (number + 1)}, paid=Paid(1)) == Outcome(1)
+    assert read({name: [False] * 3}, paid=Paid(2)).mismatch == outcome.mismatch
+
+
+def test_body_without_a_path_of_two_lists_says_which_it_looked_at_first() -> None:
+    """Where neither `results` nor `items` fits, the one that was likelier a report is named."""
+    outcome = read({"results": [False], "items": [False]})
+    assert outcome == Outcome(3, mismatch="`results` does not report on exactly what was paid for, and was not read")
+
+
+def test_body_without_a_path_where_nothing_was_paid_for() -> None:
+    """An empty list is a report on nothing."""
+    assert read({"results": []}, paid=Paid(0)) == Outcome(0)
+    assert read({"results": []}, paid=Paid(0, {})) == Outcome(0)
 
 
 def test_body_without_a_path_for_a_mapping_needs_exactly_its_ids() -> None:
@@ -659,12 +739,13 @@ def test_body_without_a_path_for_a_mapping_needs_exactly_its_ids() -> None:
     assert read({"results": [a, b, d]}, paid=ABC) == Outcome(6, mismatch=unread)
     assert read({"results": [False, False, False]}, paid=ABC) == Outcome(6, mismatch=unread)
     assert read({"results": []}, paid=ABC) == Outcome(6)
+    assert read({"results": [d]}, paid=Paid(1, {"a": 1})) == Outcome(1, mismatch=unread)
     assert read({"results": [a, b, c, {**a, "status": "no"}]}, paid=ABC) == Outcome(
         3, ("a", "b"), "1 reported again ('a')"
     )
 
 
-@pytest.mark.parametrize("status", ["shipped", "pending", "", None, 7, 1e9, {}])
+@pytest.mark.parametrize("status", ["shipped", "pending", "", None, 7, 1e9, {}, 99, 600, 600.0])
 def test_body_without_a_path_is_no_report_where_no_status_is_an_outcome(status: object) -> None:
     """A list of three orders is no report on three units, whatever their status."""
     assert read({"items": [{"id": n, "status": status} for n in range(3)]}) == Outcome(3)
@@ -675,6 +756,12 @@ def test_body_without_a_path_is_a_report_where_one_status_is_an_outcome(word: ob
     """Beside a word for an outcome, any other word means failure."""
     outcome = read({"items": [{"status": "no face"}, {"status": word}, {"status": "ok"}]})
     assert outcome.kept_units == (2 if word in ("ok", True, 200) else 1)
+
+
+@pytest.mark.parametrize("word", ["failed", "FAIL", "errored", 100, 101, 404, 503.0, 599, False])
+def test_body_without_a_path_is_a_report_where_every_status_is_a_failure(word: object) -> None:
+    """Nothing succeeded, and that is what it says."""
+    assert read({"items": [{"status": word}] * 3}) == Outcome(0)
 
 
 # Which reader, and bodies that cannot be read.
@@ -766,8 +853,19 @@ def test_body_is_read_up_to_the_limit_and_no_further() -> None:
         assert read(body, path="$[*]", limit=len(body) - 1, chunk=chunk) == too_long
 
 
+def test_body_too_long_is_no_longer_held() -> None:
+    """What will not be read is not kept in memory either."""
+    reader = reader_for(200, JSON, None, None, THREE, LIMIT)
+    assert isinstance(reader, BodyReader)
+    reader.feed(b"x" * LIMIT)
+    reader.feed(b"x")
+    assert reader._held == []
+
+
 def test_body_that_broke_off_refunds_all() -> None:
-    """Half a body reports nothing, even where what came of it could be read."""
+    """Half a body reports nothing, even where what came of it could be read; unless it is said, it is whole."""
+    for content_type in (JSON, "image/png"):
+        assert reader_for(200, content_type, None, None, THREE, LIMIT).finish(Said(THREE)).kept_units == 3
     assert read([True, True, True], path="$[*]", complete=False) == Outcome(0)
     assert read([True, True, True], path="$[*]", complete=False, paid=ABC) == none_kept(ABC)
     assert read(b"\x89PNG", content_type="image/png", complete=False) == Outcome(0)
@@ -824,8 +922,30 @@ def test_compressed_body_that_is_cut_short(content_type: str, encoding: str, cod
 @pytest.mark.parametrize(("encoding", "name"), [("gzip", "gzip"), ("x-gzip", "gzip"), ("deflate", "deflate")])
 def test_compressed_body_that_is_something_else(content_type: str, encoding: str, name: str) -> None:
     """A header that lies makes the body unreadable, and no crash."""
+    assert read(zlib.compress(b"[]"), path="$[*]", encoding="gzip") == Outcome(3, unreadable="broken gzip")
     outcome = read(b"[true, true, false]\n", path="$[*]", encoding=encoding, content_type=content_type, chunk=4)
     assert outcome == Outcome(3, unreadable=f"broken {name}")
+
+
+def test_compressed_body_keeps_to_the_first_trouble() -> None:
+    """What was wrong first is what the outcome says, whatever follows."""
+    outcome = read(b"no gzip at all", path="$[*]", encoding="gzip", chunk=4, limit=10)
+    assert outcome == Outcome(3, unreadable="broken gzip")
+
+
+def test_compressed_body_longer_than_is_taken_at_a_time() -> None:
+    """Each byte is inflated once, however much comes in one chunk."""
+    noise = random.Random(1).randbytes(40_000).hex()
+    body = json.dumps([True, noise, True]).encode()
+    for encoding, code in (("gzip", gzip.compress), ("deflate", zlib.compress)):
+        assert len(code(body)) > 40_000
+        assert read(code(body), path="$[*]", encoding=encoding, limit=100_000) == Outcome(2)
+
+
+def test_compressed_body_of_two_deflated_parts() -> None:
+    """They follow each other as the members of a gzip file do."""
+    body = zlib.compress(b"[true, fal") + zlib.compress(b"se, true]")
+    assert read(body, path="$[*]", encoding="deflate") == Outcome(2)
 
 
 def test_compressed_body_with_rubbish_after_it() -> None:
@@ -850,6 +970,31 @@ def test_compressed_bomb_in_a_stream_is_not_inflated() -> None:
     assert outcome == Outcome(2, unreadable="one chunk inflates to more than 8388608 bytes")
 
 
+def test_compressed_bomb_in_a_stream_ends_the_reading() -> None:
+    """Of what comes after it nothing is looked at, and what was wrong first is what the outcome says."""
+    reader = reader_for(200, NDJSON, "gzip", None, THREE, LIMIT)
+    reader.feed(gzip.compress(lines({"status": "failed"})))
+    reader.feed(gzip.compress(b"\n" * 10_000_000))
+    reader.feed(gzip.compress(lines({"status": "failed"})))
+    outcome = reader.finish(Said(THREE))
+    assert outcome == Outcome(2, unreadable="one chunk inflates to more than 8388608 bytes")
+
+
+def test_compressed_chunk_of_exactly_the_most_is_read() -> None:
+    """8 MiB out of one chunk are no bomb; with one byte more, the line that it broke off in is not looked at."""
+    line = b'{"status": "no"}'
+    filled = (b" " * 1023 + b"\n") * (8 << 10)
+    whole = filled[: -len(line)] + line
+    limit = 2048
+    assert read(gzip.compress(whole), content_type=NDJSON, encoding="gzip", limit=limit) == Outcome(
+        0, mismatch="3 paid for, 1 reported"
+    )
+    longer = filled[:-100_000] + line.ljust(100_001)
+    assert read(gzip.compress(longer), content_type=NDJSON, encoding="gzip", limit=200_000) == Outcome(
+        3, unreadable="one chunk inflates to more than 8388608 bytes"
+    )
+
+
 def test_compressed_stream_of_empty_lines_is_cheap() -> None:
     """Millions of lines that cannot be JSON are passed over without trying each of them."""
     body = gzip.compress(b"\n" * 4_000_000 + b"x\n" * 1_000_000)
@@ -872,6 +1017,11 @@ def test_bare_deflate_is_told_from_the_real_one() -> None:
     body = raw_deflate(b"  [true, false, true]")
     assert int.from_bytes(body[:2]) % 31 == 0
     assert read(body, path="$[*]", encoding="deflate") == Outcome(2)
+    # A stored block, whose padding is anything: RFC 1951, 3.2.4.
+    text = b"[true, false, true]"
+    size = len(text).to_bytes(2, "little") + (len(text) ^ 0xFFFF).to_bytes(2, "little")
+    stored = b"\x08" + size + text + b"\x01\x00\x00\xff\xff"
+    assert read(stored, path="$[*]", encoding="deflate") == Outcome(2)
 
 
 # Streams.
@@ -934,6 +1084,8 @@ def test_stream_that_broke_off_after_all_was_reported() -> None:
     """Nothing was missing, so nothing is refunded, and nothing is odd."""
     body = lines({"status": "ok"}, {"status": "ok"}, {"status": "no"})
     assert read(body, content_type=NDJSON, complete=False) == Outcome(2)
+    body = lines({"id": "a", "status": "ok"}, {"id": "c", "status": "ok"}, {"id": "b", "status": "no"})
+    assert read(body, paid=ABC, content_type=NDJSON, complete=False) == Outcome(4, ("b",))
 
 
 def test_stream_that_broke_off_with_nothing_reported_refunds_all() -> None:
@@ -982,6 +1134,8 @@ def test_stream_with_a_line_too_long_is_read_without_it(content_type: str, sent:
     assert read(body, content_type=content_type, chunk=chunk) == Outcome(2, ("a",), unreadable=words)
     broken = read(body, paid=ABC, content_type=content_type, chunk=chunk, complete=False)
     assert broken == Outcome(3, ("a", "b"), "the stream ended early", words)
+    broken = read(body, content_type=content_type, chunk=chunk, complete=False)
+    assert broken == Outcome(1, ("a",), "the stream ended early", words)
 
 
 def test_stream_with_an_unfinished_line_too_long() -> None:
@@ -1017,6 +1171,15 @@ def test_stream_holds_no_more_than_a_line() -> None:
     for _ in range(1000):
         reader.feed(b"x" * 100)
     assert len(reader._splitter._held) <= LIMIT  # type: ignore[attr-defined]
+
+
+def test_events_hold_no_more_than_one() -> None:
+    """However much data one event has, what is held is bounded, and nothing where it is too much."""
+    reader = reader_for(200, SSE, None, None, THREE, LIMIT)
+    assert isinstance(reader, LineReader)
+    for _ in range(1000):
+        reader.feed(b"data: " + b"x" * 99 + b"\n")
+    assert reader._splitter._data == []  # type: ignore[attr-defined]
 
 
 # Server-sent events.
@@ -1093,6 +1256,33 @@ def test_events_after_a_carriage_return_at_a_chunks_end() -> None:
         for chunk in [b'data: {"status":\r', *between, b"\ndata: 200}\r\n\r\n"]:
             reader.feed(chunk)
         assert reader.finish(Said(THREE)) == Outcome(1, (), "3 paid for, 1 reported")
+
+
+def test_events_line_end_in_the_next_chunk_is_a_line_of_its_own() -> None:
+    """A carriage return somewhere in a chunk makes no half of the line end that the next one begins with."""
+    reader = reader_for(200, SSE, None, None, Paid(1), LIMIT)
+    for chunk in (b'data: {"status": "ok"}\rid: 7', b"\n\n"):
+        reader.feed(chunk)
+    assert reader.finish(Said(Paid(1)), complete=False) == Outcome(1)
+
+
+def test_events_byte_order_mark_after_an_empty_line_is_none() -> None:
+    """It is one at the very start alone."""
+    body = b"\n\xef\xbb\xbf" + events({"status": "no"})
+    assert read(body, paid=Paid(1), content_type=SSE) == Outcome(1)
+
+
+def test_events_data_in_several_lines_is_joined_by_line_ends() -> None:
+    """As the standard has it: two halves of a number are no number."""
+    assert read(b"data: 20\ndata: 0\n\n" + events(200), paid=Paid(2), path="$", content_type=SSE) == Outcome(
+        1, mismatch="2 paid for, 1 reported"
+    )
+
+
+def test_events_first_line_too_long() -> None:
+    """The start of a stream may be too long as well."""
+    body = b"data: " + b"x" * 5000 + b"\n\n" + events({"status": "no"})
+    assert read(body, content_type=SSE) == Outcome(2, unreadable=f"a line of more than {LIMIT} bytes")
 
 
 def test_events_too_long_in_several_lines() -> None:

@@ -61,7 +61,7 @@ TESTS = {
 OPTIONS = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=native", "-m", "not slow",
            "-W", "ignore::pytest.PytestAssertRewriteWarning"]  # fmt: skip
 
-PATIENCE_S = 5.0
+PATIENCE_S = 2.0
 """What one test may take beyond five times what it takes without the mutant, on a core of its own."""
 
 AFRESH_S = 60.0

@@ -170,16 +170,16 @@ def _is_left_alone(child: ast.AST, parent: ast.AST, function: str | None) -> boo
         return True  # a docstring
     if isinstance(child, ast.Assign) and function is None:
         names = {target.id for target in child.targets if isinstance(target, ast.Name)}
-        return bool(names & {"__slots__", "__all__"}) or _is_union(child.value)
+        return bool(names & {"__slots__", "__all__"}) or _is_alias(child.value)
     if isinstance(child, ast.Import | ast.ImportFrom | ast.Global | ast.Nonlocal):
         return True
     return isinstance(parent, ast.Call) and _called(parent) in SAYING
 
 
-def _is_union(value: ast.AST) -> bool:
-    """Whether this is an alias of several classes."""
-    return isinstance(value, ast.Name) or (
-        isinstance(value, ast.BinOp) and isinstance(value.op, ast.BitOr) and _is_union(value.left)
+def _is_alias(value: ast.AST) -> bool:
+    """Whether this is another name for a class, or for several."""
+    return isinstance(value, ast.Name | ast.Subscript) or (
+        isinstance(value, ast.BinOp) and isinstance(value.op, ast.BitOr) and _is_alias(value.left)
     )
 
 

@@ -758,7 +758,7 @@ def test_body_without_a_path_is_a_report_where_one_status_is_an_outcome(word: ob
     assert outcome.kept_units == (2 if word in ("ok", True, 200) else 1)
 
 
-@pytest.mark.parametrize("word", ["failed", "FAIL", "errored", 100, 101, 404, 503.0, 599, False])
+@pytest.mark.parametrize("word", ["failed", "Failure", "FAIL", "error", "errored", 100, 101, 404, 503.0, 599, False])
 def test_body_without_a_path_is_a_report_where_every_status_is_a_failure(word: object) -> None:
     """Nothing succeeded, and that is what it says."""
     assert read({"items": [{"status": word}] * 3}) == Outcome(0)

@@ -61,13 +61,13 @@ TESTS = {
 OPTIONS = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=native", "-m", "not slow",
            "-W", "ignore::pytest.PytestAssertRewriteWarning"]  # fmt: skip
 
-PATIENCE_S = 2.0
+PATIENCE_S = 1.0
 """What one test may take beyond five times what it takes without the mutant, on a core of its own."""
 
 AFRESH_S = 60.0
 """What all of a subject's tests may take, imports and all."""
 
-BUSY = 6
+BUSY = 30
 """How much longer it may take by the clock, where others are busy too."""
 
 

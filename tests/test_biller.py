@@ -302,6 +302,8 @@ def test_outcome_that_cannot_be_refunds_all(world: World, event: Event, caplog: 
     outcome(world, conclude(world, event), release(world, event))
     assert world.bank.balance == GRANTED
     assert "journal.failed" in caplog.text
+    (whole,) = world.spans(SPAN_CHARGE)
+    assert dict(whole.attributes or {})["metered_billing.outcome"] == "journal"
 
 
 @pytest.mark.parametrize("kind", ["fail", "lose", "hang"])
@@ -327,7 +329,12 @@ def test_outcome_that_cannot_be_written_does_not_touch_the_response(
 
     with striking(world, Accident(kind, "deducted-refunding…")):
         world.run(main)
-    assert "charge.ownership_lost" if kind == "lose" else "journal.failed" in caplog.text
+    assert ("charge.ownership_lost" if kind == "lose" else "journal.failed") in caplog.text
+    if kind != "hang":
+        (whole,) = world.spans(SPAN_CHARGE)
+        found = dict(whole.attributes or {})
+        assert found["metered_billing.outcome"] == ("ownership_lost" if kind == "lose" else "journal")
+        assert (found["metered_billing.kept"], found["metered_billing.refunded"]) == (0, 0)
     world.run(later)
     assert world.bank.balance == GRANTED
     world.holds()

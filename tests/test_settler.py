@@ -199,6 +199,57 @@ def test_postponed_charges_stand_on_record_and_not_in_memory(world: World) -> No
     world.run(main)
 
 
+def test_refund_without_an_answer_says_so_in_its_span(world: World) -> None:
+    """Each try is a span, with its number, why it is refunded, and what became of it."""
+    world.bank.faults["refund"] = [LOST]
+    served(world)
+    first, second = (dict(span.attributes or {}) for span in world.spans(SPAN_REFUND))
+    assert (first["metered_billing.tries"], second["metered_billing.tries"]) == (1, 2)
+    assert first["metered_billing.reason"] == second["metered_billing.reason"] == "failed items"
+    assert (first["error.type"], second.get("error.type")) == ("unanswered", None)
+
+
+def test_void_of_what_was_taken_is_counted(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """What goes back by a void is seen like what goes back by a refund."""
+    caplog.set_level("INFO", logger="metered_billing")
+    world.bank.faults["deduct"] = [UNHEARD]
+    served(world)
+    moved = world.metric("metered_billing.credits")
+    assert {attributes[0][1]: value for attributes, value in moved.items()} == {"voided": 10}
+    (told,) = [record for record in caplog.records if record.getMessage().startswith("credits.voided")]
+    assert 'refunded=10 reason="silence"' in told.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("where", "silent"),
+    [("opened-voiding…", "deduct"), ("refunding-refunding…", "refund"), ("refunding-settled…", None)],
+)
+def test_charge_that_another_has_taken_over_is_left_to_it(
+    world: World, where: str, silent: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever loses the compare-and-set says so, and that the credits moved is for the other to say."""
+    caplog.set_level("INFO", logger="metered_billing")
+    if silent is not None:
+        world.bank.faults[silent] = [LOST]
+
+    async def main() -> None:
+        with contextlib.suppress(BillingError):
+            await world.serve()
+        await settled()
+        events = [record.getMessage().split()[0] for record in caplog.records if record.name == "metered_billing"]
+        assert events[-1] == "charge.ownership_lost"
+        assert not {"credits.refunded", "credits.voided", "credits.postponed"} & set(events)
+        assert not world.live
+        await world.quiet()
+        await world.biller.drain(1.0)
+
+    with striking(world, Accident("lose", where)):
+        world.run(main)
+    if where == "refunding-settled…":
+        assert dict(world.spans(SPAN_REFUND)[0].attributes or {})["error.type"] == "ownership_lost"
+    world.holds()
+
+
 # Where there are no voids.
 
 
@@ -258,18 +309,21 @@ def test_without_voids_a_forgotten_decline_is_looked_up_five_minutes_later(world
 
 
 @pytest.mark.parametrize(
-    "answer",
+    ("answer", "reason"),
     [
-        Declined(5, after_unknown=True),
-        Unknown("timed out"),
-        NotSent("no connection"),
-        Unknown("no", misconfigured=True),
+        (Declined(5, after_unknown=True), "declined, in doubt"),
+        (Unknown("timed out"), "timed out"),
+        (NotSent("no connection"), "no connection"),
+        (Unknown("no", misconfigured=True), "no"),
     ],
 )
-def test_without_voids_a_resend_in_doubt_is_sent_again(world: World, answer: Any) -> None:
-    """An answer that does not count is asked for again, until one does."""
+def test_without_voids_a_resend_in_doubt_is_sent_again(
+    world: World, answer: Any, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An answer that does not count is asked for again, until one does; the log says why."""
     without_voids(world, LOST, Fault(answer), Fault(answer), remembers=False)
     served(world)
+    assert caplog.text.count(f'reason="{reason}"') == 2
     assert calls(world) == ["deduct", *["void", "deduct"] * 3, "refund"]
     world.holds()
 
@@ -376,6 +430,25 @@ def test_recovery_sweeps_what_a_request_left(world: World, caplog: pytest.LogCap
         served(world, within_s=30)
     assert world.bank.balance == GRANTED
     assert "charge.recovered" in caplog.text
+
+
+def test_recovery_of_what_another_has_taken_over_ends(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """It is said, and nothing is sent for the record as it was read."""
+    due_refunds(world, 1, state=State.DEDUCTED)
+
+    async def main() -> None:
+        await world.biller.start()
+        await settled()
+        assert "charge.ownership_lost" in caplog.text
+        assert calls(world) == []
+        await world.quiet()
+        await world.biller.drain(1.0)
+
+    with striking(world, Accident("lose", "deducted-refunding…")):
+        world.run(main)
+    first, second = (dict(span.attributes or {}) for span in world.spans(SPAN_RECOVER))
+    assert (first["error.type"], second.get("error.type")) == ("ownership_lost", None)
+    world.holds(GRANTED + 1)
 
 
 @pytest.mark.parametrize("state", [State.OPENED, State.DEDUCTED, State.REFUNDING, State.VOIDING])

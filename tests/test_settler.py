@@ -30,7 +30,20 @@ from metered_billing.loops import LoopTasks
 from metered_billing.outcomes import Paid
 from metered_billing.settler import settled
 from metered_billing.telemetry import SPAN_DEDUCT, SPAN_RECOVER, SPAN_REFUND, SPAN_VOID
-from tests.fakes import ANN, EPOCH, GRANTED, LOST, NOT_SENT, UNHEARD, Accident, Bank, Fault, World, striking
+from tests.fakes import (
+    ANN,
+    EPOCH,
+    GRANTED,
+    LOST,
+    NOT_SENT,
+    UNHEARD,
+    Accident,
+    Bank,
+    Fault,
+    VirtualLoop,
+    World,
+    striking,
+)
 
 
 @pytest.fixture
@@ -722,6 +735,47 @@ def test_two_drains_at_once_are_one(world: World) -> None:
     world.run(main)
 
 
+def test_start_again_starts_nothing_again(world: World) -> None:
+    """Each request starts the biller, and the first alone does anything."""
+
+    async def main() -> None:
+        await world.biller.start()
+        await world.biller.start()
+        assert world.bank.started == 1
+        await world.biller.drain(1.0)
+
+    world.run(main)
+
+
+def test_second_loop_leaves_alone_what_the_first_sees_to(world: World) -> None:
+    """A loop that stands still for now is not closed: its request is nobody else's, and its refund goes out."""
+    first, second = VirtualLoop(world), VirtualLoop(world)
+
+    async def begin() -> Charge:
+        await world.biller.start()
+        return await world.biller.deduct(ANN, Paid(10))
+
+    async def meanwhile() -> None:
+        await world.biller.start()
+        assert await world.biller.recover() == 0
+        await world.biller.drain(1.0)
+
+    async def end(charge: Charge) -> None:
+        await world.biller.conclude(charge, Reported(8))
+        world.biller.release(charge, Reported(8))
+        await settled()
+        assert calls(world) == ["deduct", "refund"]
+        await world.biller.drain(1.0)
+
+    charge = first.run_until_complete(begin())
+    second.run_until_complete(meanwhile())
+    first.run_until_complete(end(charge))
+    first.close()
+    second.close()
+    assert world.bank.balance == GRANTED - 8
+    world.holds()
+
+
 def test_concurrent_first_requests_start_once(world: World) -> None:
     """One recovery, however many came first."""
 
@@ -753,6 +807,7 @@ def test_start_that_fails_holds_nothing_and_can_be_repeated(
         await world.serve()
         await world.quiet()
         await world.biller.drain(1.0)
+        assert (world.bank.started, world.inner.owner) == (0, "")
 
     world.run(main)
     world.holds()

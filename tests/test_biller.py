@@ -301,7 +301,7 @@ def test_outcome_that_cannot_be_refunds_all(world: World, event: Event, caplog: 
     """More kept than paid, or less than nothing: a bug of ours is loud, and not the customer's."""
     outcome(world, conclude(world, event), release(world, event))
     assert world.bank.balance == GRANTED
-    assert "journal.failed" in caplog.text
+    assert caplog.text.count("journal.failed") == 2  # when it was concluded, and when it was released
     (whole,) = world.spans(SPAN_CHARGE)
     assert dict(whole.attributes or {})["metered_billing.outcome"] == "journal"
 
@@ -361,10 +361,54 @@ def test_outcome_after_the_drain_refunds_all_later(world: World, caplog: pytest.
     assert world.bank.balance == GRANTED
 
 
-def test_free_request_touches_nothing(world: World) -> None:
-    """Neither journal nor credits; all calls for a charge do nothing."""
+def test_outcome_that_fails_to_be_written_after_the_drain_is_nobodys_surprise(world: World) -> None:
+    """Nobody waits for it any more: no event loop complains of an error that was never looked at."""
 
     async def main() -> None:
+        await world.biller.start()
+        charge = await world.biller.deduct(ANN, Paid(10))
+        await world.biller.drain(0.1)
+        world.biller.release(charge, Reported(8))
+        await asyncio.sleep(1.0)
+
+    async def later() -> None:
+        await world.biller.start()
+        await world.quiet()
+        await world.biller.drain(1.0)
+
+    with striking(world, Accident("fail", "deducted-refunding…")):
+        world.run(main)
+    world.run(later)
+    assert world.bank.balance == GRANTED
+
+
+def test_outcome_is_synced_before_the_last_byte_and_nothing_else_is(world: World) -> None:
+    """A power loss must not undo it: the client has the response. All other steps may be repeated."""
+    written: list[tuple[str, bool]] = []
+    real = world.inner.write
+
+    def write(before: Record, after: Record, *, durable: bool) -> Any:
+        written.append((f"{before.state}-{after.state}", durable))
+        return real(before, after, durable=durable)
+
+    world.inner.write = write  # type: ignore[method-assign]
+    outcome(world, conclude(world, Reported(8)), release(world, Reported(8)))
+    assert written == [("opened-deducted", False), ("deducted-refunding", True), ("refunding-settled", False)]
+
+
+def test_outcome_said_after_the_response_is_over_changes_nothing(world: World) -> None:
+    """Where none came on record in time, all is refunded, whatever is concluded later."""
+    outcome(world, release(world, Reported(11)), conclude(world, Reported(8)))
+    assert world.bank.balance == GRANTED
+
+
+def test_free_request_touches_nothing(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither journal nor credits; all calls for a charge do nothing, and nothing is said or run."""
+    caplog.set_level("DEBUG", logger="metered_billing")
+
+    async def main() -> None:
+        await world.biller.start()
+        before = asyncio.all_tasks()
         charge = world.biller.free(Paid(0), None)
         await world.biller.conclude(charge, Reported(0))
         world.biller.release(charge, Reported(0))
@@ -374,10 +418,14 @@ def test_free_request_touches_nothing(world: World) -> None:
             _ = charge.account
         charge.note("attribute", "text")
         assert world.biller.free(Paid(0), ANN).account == ANN
+        assert asyncio.all_tasks() == before
+        assert not world.live
+        await world.biller.drain(1.0)
 
     world.run(main)
     assert world.bank.calls == []
-    assert not (world.directory / "journal").exists()
+    assert not {"open", "deducted-settled…"} & set(world.passed)
+    assert caplog.text == ""
 
 
 def test_charge_says_what_failed_until_its_outcome_is_on_record(world: World) -> None:

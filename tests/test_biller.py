@@ -280,9 +280,14 @@ def test_release_without_a_conclusion_puts_its_own_on_record(world: World) -> No
     assert world.bank.balance == GRANTED - 3
 
 
-def test_all_succeeded_sends_nothing_more(world: World) -> None:
-    """Settled with the one write."""
+def test_all_succeeded_sends_nothing_more(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """Settled with the one write, and said so under the request's trace."""
+    caplog.set_level("INFO", logger="metered_billing")
     outcome(world, conclude(world, Reported(10)), release(world, Reported(10)))
+    (whole,) = world.spans(SPAN_CHARGE)
+    assert whole.context is not None
+    (told,) = [record for record in caplog.records if record.getMessage().startswith("charge.settled")]
+    assert f'"{whole.context.trace_id:032x}"' in told.getMessage()
     assert [name for name, _ in world.bank.calls] == ["deduct"]
     assert world.bank.balance == GRANTED - 10
 
@@ -330,6 +335,7 @@ def test_outcome_that_cannot_be_written_does_not_touch_the_response(
     with striking(world, Accident(kind, "deducted-refunding…")):
         world.run(main)
     assert ("charge.ownership_lost" if kind == "lose" else "journal.failed") in caplog.text
+    assert "billing.bug" not in caplog.text
     if kind != "hang":
         (whole,) = world.spans(SPAN_CHARGE)
         found = dict(whole.attributes or {})
@@ -527,7 +533,7 @@ def test_refusals_are_told(
     assert dict(whole.attributes or {})["error.type"] == outcome
 
 
-def test_untraced_charge_is_settled_too(world: World) -> None:
+def test_untraced_charge_is_settled_too(world: World, caplog: pytest.LogCaptureFixture) -> None:
     """A charge without a span, and one whose request ends where no event loop runs any more."""
 
     async def main() -> Charge:
@@ -541,6 +547,7 @@ def test_untraced_charge_is_settled_too(world: World) -> None:
         return await world.biller.deduct(ANN, Paid(10))
 
     charge = world.run(main)
+    assert "billing.bug" not in caplog.text
     world.biller.release(charge, Reported(8))
     assert not world.live
 

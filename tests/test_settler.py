@@ -142,7 +142,13 @@ def test_refund_that_is_not_to_be_had_ends(
 
 def test_refund_that_is_refused_for_its_items_goes_out_without(world: World) -> None:
     """Their names are for people; the credits go back all the same, under the same key."""
-    world.bank.faults["refund"] = [Fault(Refused("HTTP 413 body-too-large"))]
+    real = world.bank.refund
+
+    async def refund(record: Record) -> Any:
+        world.bank.faults["refund"] = [Fault(Refused("HTTP 413 body-too-large"))] if record.refund_items else []
+        return await real(record)
+
+    world.bank.refund = refund  # type: ignore[method-assign]
 
     async def main() -> None:
         await world.serve()
@@ -298,8 +304,18 @@ def test_without_voids_a_remembered_decline_is_the_end(world: World) -> None:
     assert final(world)[0][0] == "voided"
 
 
+def test_without_voids_a_service_that_asks_for_time_is_given_it(world: World) -> None:
+    """A resend that is put off is made no sooner than the service asked for."""
+    without_voids(world, LOST, Fault(Unknown("busy", retry_after_s=77.0)), remembers=False)
+    times = call_times(world, "deduct")
+    served(world)
+    assert 77 <= times[2] - times[1] < 79
+
+
 @pytest.mark.parametrize("arrives", [False, True])
-def test_without_voids_a_forgotten_decline_is_looked_up_five_minutes_later(world: World, arrives: bool) -> None:
+def test_without_voids_a_forgotten_decline_is_looked_up_five_minutes_later(
+    world: World, arrives: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     """Once, without sending it: a copy that arrived meanwhile is found and refunded."""
     without_voids(world, LOST, remembers=False)
     world.bank.balance = 5
@@ -317,6 +333,7 @@ def test_without_voids_a_forgotten_decline_is_looked_up_five_minutes_later(world
 
     world.run(main)
     assert 300 <= times[0] < 302
+    assert caplog.text.count('reason="declined; looking again later"') == 1
     assert calls(world) == ["deduct", "void", "deduct", "void", "find", *(["refund"] if arrives else [])]
     assert world.bank.balance == (105 if arrives else 5)
 
@@ -547,8 +564,10 @@ def test_unusable_file_is_told_once(world: World, caplog: pytest.LogCaptureFixtu
 
 
 @pytest.mark.parametrize("answer", [Refunded("r1"), None, "nonsense"])
-def test_backend_that_answers_nonsense_stands_in_nobodys_way(world: World, answer: Any) -> None:
-    """The charge is tried again; the others are settled meanwhile."""
+def test_backend_that_answers_nonsense_stands_in_nobodys_way(
+    world: World, answer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The charge is put off, and tried again; the others are settled meanwhile, and somebody is told."""
     due_refunds(world, 20, state=State.VOIDING)
     real = world.bank.void
 
@@ -567,6 +586,10 @@ def test_backend_that_answers_nonsense_stands_in_nobodys_way(world: World, answe
 
     world.run(main)
     world.holds(GRANTED + 20)
+    error = "ImpossibleEvent" if isinstance(answer, Refunded) else "AttributeError"
+    assert f'reason="{error} in the credits backend"' in caplog.text
+    assert "billing.bug" in caplog.text
+    assert "journal.failed" not in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["lose", "fail", "bug"])

@@ -201,6 +201,27 @@ def test_retry_after_of_a_refund_is_respected(world: World, asked: float, least:
     assert least <= times[1] - times[0] <= most
 
 
+def test_first_waits_are_spread_below_a_second(world: World) -> None:
+    """Charges that got no answer at the same moment are not all tried again at the same moment."""
+    due_refunds(world, 20)
+    world.bank.always["refund"] = LOST
+
+    async def main() -> list[float]:
+        await world.biller.start()
+        await settled()
+        records = await world.inner.due(1e12, besides=(), limit=99)
+        assert {record.tries for record in records} == {1}
+        world.bank.always.clear()
+        await world.quiet()
+        await world.biller.drain(1.0)
+        return [record.due_at - EPOCH for record in records]
+
+    waits = world.run(main)
+    assert len(waits) == 20
+    assert 0.5 <= min(waits) < 0.7
+    assert 0.8 < max(waits) < 1.1
+
+
 def test_postponed_charges_stand_on_record_and_not_in_memory(world: World) -> None:
     """Tries and due time survive; no task waits for the next attempt."""
     world.bank.always["refund"] = LOST

@@ -40,15 +40,20 @@ ROOT = Path(__file__).parent.parent.parent
 SOURCE = ROOT / "src" / "metered_billing"
 SURVIVORS = Path(__file__).with_name("survivors.toml")
 
-SETTLING = frozenset(f"Biller.{name}" for name in ("conclude", "release", "_begin_outcome", "_settle", "_end"))
+CONCLUDING = frozenset(f"Biller.{name}" for name in ("conclude", "release", "_begin_outcome", "_settle", "_end"))
+SETTLING = frozenset(
+    f"Settler.{name}"
+    for name in ("follow", "drive", "_ask", "_refund", "_undo_without_void", "_postpone", "_say_moved", "say_final")
+)
 
 SUBJECTS: dict[str, frozenset[str] | None] = {
     "charge.py": None,
     **{str(file.relative_to(SOURCE)): None for file in sorted((SOURCE / "outcomes").glob("*.py"))},
-    "settler.py": None,
-    "biller.py": SETTLING,
+    "settler.py": SETTLING,
+    "biller.py": CONCLUDING,
 }
-"""The files that are changed; of the biller only what comes after the response."""
+"""The files that are changed, whole or these functions: of the biller what comes after the response, of the settler
+how a charge is driven to its end (not yet how its loops start and stop, and when recovery looks)."""
 
 TESTS = {
     "charge.py": ["tests/test_charge.py"],

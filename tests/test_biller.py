@@ -398,8 +398,14 @@ def test_outcome_is_synced_before_the_last_byte_and_nothing_else_is(world: World
         return real(before, after, durable=durable)
 
     world.inner.write = write  # type: ignore[method-assign]
+    world.bank.faults["refund"] = [LOST]
     outcome(world, conclude(world, Reported(8)), release(world, Reported(8)))
-    assert written == [("opened-deducted", False), ("deducted-refunding", True), ("refunding-settled", False)]
+    assert written == [
+        ("opened-deducted", False),
+        ("deducted-refunding", True),
+        ("refunding-refunding", False),
+        ("refunding-settled", False),
+    ]
 
 
 def test_outcome_said_after_the_response_is_over_changes_nothing(world: World) -> None:

@@ -483,6 +483,24 @@ def test_recovery_sweeps_what_a_request_left(world: World, caplog: pytest.LogCap
     assert "charge.recovered" in caplog.text
 
 
+def test_recovery_on_a_loop_that_was_not_started_postpones_too(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """There is nobody to wake for the next attempt, and it stands on record all the same."""
+    due_refunds(world, 1)
+    world.bank.faults["refund"] = [LOST]
+
+    async def main() -> None:
+        await world.inner.start()
+        assert await world.biller.recover() == 1
+        assert "credits.postponed" in caplog.text
+        assert "journal.failed" not in caplog.text
+        await world.biller.start()
+        await world.quiet()
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    world.holds(GRANTED + 1)
+
+
 def test_recovery_of_what_another_has_taken_over_ends(world: World, caplog: pytest.LogCaptureFixture) -> None:
     """It is said, and nothing is sent for the record as it was read."""
     due_refunds(world, 1, state=State.DEDUCTED)

@@ -359,6 +359,34 @@ def test_without_voids_a_forgotten_decline_is_looked_up_five_minutes_later(
     assert world.bank.balance == (105 if arrives else 5)
 
 
+def test_without_voids_a_restart_does_not_bring_the_look_up_forward(world: World) -> None:
+    """What is adopted is due at once, but a copy of the deduction may be under way for as long as before."""
+    without_voids(world, LOST, remembers=False)
+    world.bank.balance = 5
+    times = call_times(world, "find")
+
+    async def main() -> None:
+        with pytest.raises(BillingError):
+            await world.serve()
+        await settled()
+        await world.biller.drain(1.0)
+        await world.biller.start()
+        await world.quiet()
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    assert 299.9 < times[0] < 311
+    assert calls(world).count("deduct") == 2
+
+
+def test_without_voids_a_decline_that_is_not_the_services_own_is_not_the_end(world: World) -> None:
+    """A proxy's 402 to the resend does not tell that the deduction did not happen."""
+    without_voids(world, UNHEARD, Fault(Declined(5, certain=False)), remembers=True)
+    served(world)
+    assert calls(world) == ["deduct", *["void", "deduct"] * 2, "refund"]
+    world.holds()
+
+
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [

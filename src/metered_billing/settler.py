@@ -276,20 +276,24 @@ class Settler:
     async def _undo_without_void(self, record: Record) -> Event | Unanswered:
         """Send the very same deduction again under its key: a transaction that comes back can be refunded.
 
-        A decline is the end of it where declines are remembered. Elsewhere a copy may still be under way:
-        look once more, without sending, when it cannot be any longer.
+        A decline is the end of it where declines are remembered, and where it is the service's own. Where they
+        are forgotten a copy may still be under way: look once more, without sending, when it cannot be any longer.
         """
         if record.declined_at is not None:
+            early_s = record.declined_at + LOOK_AGAIN_AFTER_S - self._runtime.now()
+            if early_s > 0:  # adopted: what is adopted is due at once
+                return Unanswered("declined; looking again later", retry_after_s=min(early_s, LOOK_AGAIN_AFTER_S))
             return await self._credits.find(record)
         answer = await self._credits.deduct(record)
         if isinstance(answer, Deducted):
             return Found(answer.transaction_id)
-        if isinstance(answer, Declined) and not answer.after_unknown:
-            if self._credits.remembers_declines:
-                return NotFound()
-            return Unanswered("declined; looking again later", retry_after_s=LOOK_AGAIN_AFTER_S, declined=True)
         if isinstance(answer, Declined):
-            return Unanswered("declined, in doubt")
+            if answer.after_unknown:
+                return Unanswered("declined, in doubt")
+            if not self._credits.remembers_declines:
+                return Unanswered("declined; looking again later", retry_after_s=LOOK_AGAIN_AFTER_S, declined=True)
+            # A proxy's 402 says nothing of the deduction behind it.
+            return NotFound() if answer.certain else Unanswered("declined, in doubt")
         return Unanswered(answer.reason, answer.retry_after_s, sent=not isinstance(answer, NotSent))
 
     async def _postpone(self, record: Record, answer: Unanswered) -> None:

@@ -94,6 +94,11 @@ def _charge(
         if returned > deducted:
             world.problem(f"{say}: more than all")
         return
+    if record.id in world.refused and record.state is State.DISPUTED:
+        # The refund or void that the service has refused for good is still due.
+        if returned not in (0, record.refund_credits or deducted):
+            world.problem(f"{say}: {record.refund_credits} disputed")
+        return
     if kept != record.kept_credits:
         world.problem(f"{say}: {record.kept_credits} kept on record, {record.state}")
     if kept not in (allowed := _allowed(world, story)):
@@ -113,6 +118,9 @@ def _allowed(world: World, story: Story) -> set[int]:
     if story.charge_id in world.unwritten:
         # The journal failed at the outcome: it came on record all the same, or everything went back.
         return {0, whole, *(story.earns_by(lines) for lines in (story.lines, story.lines + 1) if story.streams)}
+    if not story.completed and story.process is not None and story.process.ended_in_chaos:
+        # It may have died between the end of the request and the write of its outcome.
+        return _unfinished(story, whole) | {0}
     if story.completed and story.left_at is None and story.cancelled_at is None and story.killed_at is None:
         return {whole}
     return _unfinished(story, whole)
@@ -143,7 +151,7 @@ def _answer(world: World, story: Story) -> None:
     """What the client was answered."""
     if story.process is None:
         return
-    if story.completed and story.status == 402 and story.charge_id not in world.declined and not world.profile.rates:
+    if story.status == 402 and story.charge_id not in world.heard_402:
         world.problem(f"{story.id} is answered 402, and nobody declined it")
     undisturbed = story.left_at is None and story.cancelled_at is None and story.killed_at is None
     if not undisturbed:

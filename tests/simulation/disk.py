@@ -5,6 +5,7 @@ power loss may take is the log's tail behind the last commit that was synced: so
 a page. The database file itself is written by checkpoints alone, which sync.
 """
 
+import contextlib
 import os
 import sqlite3
 from pathlib import Path
@@ -26,6 +27,7 @@ class Connection(sqlite3.Connection):
     disk: "Disk"
     process: Process
     path: Path
+    log: Path
     full: bool
 
     def execute(self, sql: str, parameters: Any = (), /) -> sqlite3.Cursor:
@@ -52,10 +54,12 @@ class Connection(sqlite3.Connection):
 
     def abandon(self) -> None:
         """Let go of the file as the system does for a killed process: without the checkpoint of a `close`."""
-        log = self.path.with_name(self.path.name + "-wal")
-        kept = [(path, path.read_bytes()) for path in (self.path, log) if path.exists()]
+        if self.disk.shared(self):  # its lock was lost, and somebody else has the file open
+            super().close()
+            return
+        kept = [(path, path.read_bytes()) for path in (self.path, self.log) if path.exists()]
         super().close()
-        if log.exists():
+        if self.log.exists():
             raise RuntimeError(f"{self.path} is still open after its process died")
         for path, content in kept:
             path.write_bytes(content)
@@ -75,9 +79,20 @@ class Disk:
         process.check()
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, factory=Connection)
         connection.disk, connection.process, connection.path, connection.full = self, process, path, True
+        connection.log = path.with_name(path.name + "-wal")
         process.connections.append(connection)
-        self._synced.setdefault(process.machine.name, {}).setdefault(_log(path), 0)
+        self._synced.setdefault(process.machine.name, {}).setdefault(connection.log, 0)
         return connection
+
+    def shared(self, connection: Connection) -> bool:
+        """Whether another process has the same file open: only the last one that closes it makes a checkpoint."""
+        return any(
+            other.path == connection.path
+            for machine in self._world.machines
+            for process in machine.processes
+            for other in process.connections
+            if other is not connection
+        )
 
     def latency_s(self, process: Process) -> float:
         """How long the thread takes to begin what it was given."""
@@ -104,10 +119,9 @@ class Disk:
             process.kill("killed before a commit")
             raise Gone("killed")
         done = connection.really("COMMIT")
-        log = _log(connection.path)
-        self.touch(log)
+        self.touch(connection.log)
         if connection.full:
-            self._synced[process.machine.name][log] = log.stat().st_size
+            self._synced[process.machine.name][connection.log] = connection.log.stat().st_size
         if world.strikes("killed after a commit", process):
             process.kill("killed after a commit")
             raise Gone("killed")
@@ -120,8 +134,9 @@ class Disk:
         return done
 
     def closed(self, connection: Connection) -> None:
-        self._synced[connection.process.machine.name].pop(_log(connection.path), None)
-        self.touch(connection.path)
+        if not self.shared(connection):
+            self._synced[connection.process.machine.name].pop(connection.log, None)
+            self.touch(connection.path)
 
     def lose_power(self, machine: str) -> None:
         """Take of each log's tail what was not synced, or leave rubbish of it."""
@@ -144,9 +159,5 @@ class Disk:
     def touch(self, path: Path) -> None:
         """Give the file a time of our own: the system's is neither virtual nor fine enough to tell two writes apart."""
         self._touched += 1
-        if path.exists():
+        with contextlib.suppress(FileNotFoundError):
             os.utime(path, ns=(self._touched * 1000, self._touched * 1000))
-
-
-def _log(path: Path) -> Path:
-    return path.with_name(path.name + "-wal")

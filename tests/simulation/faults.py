@@ -39,6 +39,8 @@ DEATHS = (
     "killed before a commit",
     "killed after a commit",
     "killed between two steps",
+    "killed during a call",
+    "service killed during a call",
     "power loss after a commit",
     "power loss",
 )
@@ -47,6 +49,8 @@ PEOPLE = (
     "client leaves",
     "cancelled",
     "stopped",
+    "recovered by hand",
+    "lock file removed",
     "clock jumps",
     "partition",
     "token rejected",
@@ -58,7 +62,7 @@ PEOPLE = (
 KINDS = (*NETWORK, *DISK, *DEATHS, *PEOPLE)
 
 _HIGHEST = {
-    "disk hangs": 0.05,
+    "disk hangs": 0.2,
     "disk full": 0.1,
     "disk full at commit": 0.1,
     "I/O error at commit": 0.1,
@@ -67,6 +71,8 @@ _HIGHEST = {
     "killed before a commit": 0.03,
     "killed after a commit": 0.03,
     "power loss after a commit": 0.02,
+    "killed during a call": 0.2,
+    "service killed during a call": 0.2,
 }
 """The most often that one strikes, where it is not half of the occasions."""
 
@@ -79,7 +85,16 @@ class Profile:
         self.rates: dict[str, float] = {}
         for kind in KINDS:
             if random.random() < share:
-                self.rates[kind] = _HIGHEST.get(kind, 0.5) * random.choice((0.1, 0.3, 1.0))
+                self.rates[kind] = _HIGHEST.get(kind, 0.5) * random.choice((0.2, 0.5, 1.0))
+        self._list()
+
+    def dwell_on(self, random: Random, *kinds: str) -> None:
+        """Have these in every other run: they are what a service of this kind is weak in."""
+        if random.random() < 0.5:
+            self.rates |= dict.fromkeys(kinds, random.choice((0.2, 0.5)))
+            self._list()
+
+    def _list(self) -> None:
         self.network = [(kind, self.rates[kind]) for kind in NETWORK if kind in self.rates]
 
     def of_call(self, random: Random) -> str | None:

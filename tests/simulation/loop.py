@@ -42,7 +42,7 @@ class NumberedTask(asyncio.Task[Any]):
 class VirtualLoop(asyncio.BaseEventLoop):
     """An event loop whose time is its own."""
 
-    MOST_STEPS = 5_000_000
+    MOST_STEPS = 400_000
 
     _ready: Any
     _scheduled: Any

@@ -13,6 +13,7 @@ from urllib.parse import unquote
 
 import httpx
 
+from metered_billing.ledger import LedgerError
 from tests.simulation.processes import Dead, Process
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 HTML = [(b"content-type", b"text/html")]
 PROBLEM = [(b"content-type", b"application/problem+json")]
 
-STRAY = (301, 400, 401, 402, 403, 404, 404, 405, 409, 410, 413, 422, 429, 501, 502, 503)
+STRAY = (*(402, 404) * 3, 301, 400, 401, 403, 405, 409, 410, 413, 422, 429, 501, 502, 503)
 """What a proxy, a captive portal or a deployment under way answers in the service's place."""
 
 
@@ -54,10 +55,13 @@ class Transport(httpx.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         self._process.check()
+        call = call_of(request)
         try:
-            return await self._world.network.send(self._process, request)
+            response = await self._world.network.send(self._process, call, request.extensions["timeout"]["connect"])
         finally:
             self._process.check()
+        self._world.heard(call, response.status_code)
+        return response
 
 
 class Network:
@@ -69,11 +73,12 @@ class Network:
         self.under_way = 0
         self.last_arrival = 0.0
 
-    async def send(self, process: Process, request: httpx.Request) -> httpx.Response:
+    async def send(self, process: Process, call: Call, connect_s: float) -> httpx.Response:
         """One call of an app's, and what comes of it."""
         world, random = self._world, self._world.random
-        call = call_of(request)
-        connect_s: float = request.extensions["timeout"]["connect"]
+        if call.operation == "deduct":
+            world.deduction_goes_out(process)
+        world.call_goes_out(process)
         fault = world.fault_of_call(process, call)
         world.note(process.name, call.operation, call.charge_id, fault or "")
         if fault == "no connection in time":
@@ -87,7 +92,7 @@ class Network:
         if fault == "5xx before":
             return _response(Reply(random.choice((500, 502, 503, 504)), HTML, b"<h1>sorry</h1>"))
         if fault == "stray proxy before":
-            return _response(Reply(random.choice(STRAY), HTML, b"<h1>hello</h1>"))
+            return _response(Reply(random.choice(world.stray), HTML, b"<h1>hello</h1>"))
         if fault == "wrong Retry-After":
             return _response(_impatient(world))
         if fault == "token rejected":
@@ -115,11 +120,11 @@ class Network:
         if fault == "reply lost":
             raise await self._silence()
         if fault == "slow":
-            await asyncio.sleep(random.uniform(0.1, 8.0))
+            await asyncio.sleep(random.uniform(0.1, random.choice((1.9, 8.0))))
         if fault == "5xx after":
             return _response(Reply(random.choice((500, 502, 503, 504)), HTML, b""))
         if fault == "stray proxy after":
-            return _response(Reply(random.choice(STRAY), HTML, b"<h1>hello</h1>"))
+            return _response(Reply(random.choice(world.stray), HTML, b"<h1>hello</h1>"))
         if fault == "broken reply":
             return _response(_broken(world, answer))
         if fault == "compressed reply":
@@ -172,7 +177,7 @@ class Network:
         """The service's end."""
         world = self._world
         try:
-            answer = self._missing(call) or await _served(service.app, call)
+            answer = self._missing(call) or await self._asked(service, call)
         except Dead:
             raise
         except Exception as error:
@@ -184,6 +189,24 @@ class Network:
             service.expected.pop(reply, None)
             if not reply.done():
                 reply.set_result(answer)
+
+    async def _asked(self, service: Process, call: Call) -> Reply:
+        """The service's own answer; one that looks at the balance before the key declines what it has taken."""
+        answer = await _served(service.app, call)
+        if call.operation == "deduct" and answer.status == 200 and self._world.service_kind.balance_first:
+            asked = json.loads(call.body)
+            try:
+                held = await service.journal.balance(asked["tenant_id"], asked.get("user_id"))
+            except LedgerError:
+                return answer
+            if held < asked["amount"]:
+                said = {
+                    "type": "urn:metered-billing:insufficient-credits",
+                    "balance": held,
+                    "required": asked["amount"],
+                }
+                return Reply(402, PROBLEM, json.dumps(said).encode())
+        return answer
 
     def _missing(self, call: Call) -> Reply | None:
         """What a service without voids says of them."""

@@ -51,6 +51,7 @@ class Process:
         self.alive = True
         self.ready = False
         self.stopping = False
+        self.ended_in_chaos = False
         self.app: Any = None
         self.biller: Any = None
         self.journal: Any = None
@@ -126,11 +127,11 @@ class Process:
 
     def _end(self) -> None:
         self.alive = self.ready = False
+        self.ended_in_chaos = self.world.chaos
         self.buried = sorted((task for task in self.tasks if not task.done()), key=hash)
+        while self.connections:
+            self.connections.pop().abandon()
         self.machine.processes.remove(self)
-        for connection in list(self.connections):
-            connection.abandon()
-        self.connections.clear()
         for lock in self.locks:
             lock.release()
         self.locks.clear()

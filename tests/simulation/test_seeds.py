@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.simulation.__main__ import blind_to, run_all, trace_of
+from tests.simulation.runner import blind_to, run_all, trace_of
 from tests.simulation.world import run
 
 EVERYDAY = list(range(200))
@@ -21,7 +21,7 @@ def test_everyday_seeds_keep_every_promise_and_leave_nothing_untried() -> None:
 
 _DIGEST = """
 import hashlib
-from tests.simulation.__main__ import trace_of
+from tests.simulation.runner import trace_of
 from tests.simulation.world import run
 worlds = [run(seed) for seed in (7, 120, 156)]
 print(hashlib.sha256("".join(line for world in worlds for line in trace_of(world)).encode()).hexdigest())

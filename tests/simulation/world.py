@@ -8,6 +8,7 @@ and everything is started again; when nothing is left to do, the promises must h
 
 import asyncio
 import contextlib
+import functools
 import gc
 import itertools
 import json
@@ -30,7 +31,7 @@ from starlette.types import ASGIApp
 
 from metered_billing import HttpCredits, MeteredBillingMiddleware
 from metered_billing import telemetry as names
-from metered_billing.biller import JOURNAL_WITHIN_S
+from metered_billing.biller import JOURNAL_WITHIN_S, Biller
 from metered_billing.charge import FINAL, Record, State
 from metered_billing.credits.contract import Contract
 from metered_billing.journal import JournalError, lock
@@ -45,10 +46,13 @@ from tests.simulation.app import ACCOUNTS, ROUTES, Story, account_of, make_story
 from tests.simulation.disk import Disk
 from tests.simulation.faults import Profile
 from tests.simulation.loop import PROCESS, VirtualLoop
-from tests.simulation.network import Call, Network, Reply, Transport
+from tests.simulation.network import STRAY, Call, Network, Reply, Transport
 from tests.simulation.processes import Dead, Machine, Process
 
 DAY_S = 86_400.0
+
+LOSE_OWNERSHIP = {"recovered by hand", "lock file removed", "I/O error after a commit"}
+"""Faults in which a charge is taken from whoever sees to it."""
 
 
 class Violation(Exception):
@@ -67,6 +71,12 @@ class ServiceKind:
 
     has_voids: bool
     remembers_declines: bool
+    balance_first: bool
+
+    @classmethod
+    def any(cls, random: Random) -> "ServiceKind":
+        voids, declines = random.random() < 0.7, random.random() < 0.7
+        return cls(voids, declines, voids and declines and random.random() < 0.25)
 
 
 class World:
@@ -84,24 +94,36 @@ class World:
         self.chaos = True
         self.disk = Disk(self)
         self.network = Network(self)
-        self.service_kind = ServiceKind(self.random.random() < 0.75, self.random.random() < 0.75)
+        self.service_kind = ServiceKind.any(self.random)
+        if not self.service_kind.remembers_declines:
+            self.profile.dwell_on(self.random, "request late", "duplicate")
+        elif self.service_kind.balance_first:
+            self.profile.dwell_on(self.random, "reply lost", "5xx after", "reset after the request")
+        elif not self.service_kind.has_voids:
+            self.profile.dwell_on(self.random, "stray proxy before", "stray proxy after", "reply lost")
+        if LOSE_OWNERSHIP & self.profile.rates.keys():
+            self.profile.dwell_on(self.random, "slow", "recovered by hand", "lock file removed")
         self.machines = (Machine(self, "app machine"), Machine(self, "service machine"))
         self.apps: dict[str, Process] = {}
         self.service: Process | None = None
         self.dead: list[Process] = []
         self.stories: dict[str, Story] = {}
-        self.lasts_s = self.random.choice((20.0, 60.0, 200.0))
+        # In some runs all accounts run dry again and again, and are topped up.
+        self.tight = self.random.random() < (0.3 if self.service_kind.remembers_declines else 0.7)
+        self.stray = self.random.sample(STRAY, self.random.choice((1, 2, 4, len(STRAY))))
+        self.lasts_s = self.random.choice((10.0, 20.0, 60.0, 120.0))
         self._ids = itertools.count(1)
         self._tasks: set[asyncio.Task[Any]] = set()
         # What was seen, to judge by.
         self.states: dict[str, State] = {}
         self.deducted: set[str] = set()
         self.voided: set[str] = set()
-        self.declined: set[str] = set()
+        self.heard_402: set[str] = set()
         self.outcomes: dict[str, Record] = {}
         self.unwritten: set[str] = set()
         self.meddled: set[str] = set()
         self.refusing: set[str] = set()
+        self.refused: set[str] = set()
         self.late_within_s = 3 * 3600.0 if self.service_kind.remembers_declines else 240.0
 
     # For all parts.
@@ -162,7 +184,7 @@ class World:
             call.charge_id in self.refusing or self.strikes("refused for good", process)
         ):
             self.refusing.add(call.charge_id)
-            self.meddled.add(call.charge_id)
+            self.refused.add(call.charge_id)
             fault = "refused for good"
         if fault is not None:
             self.coverage[fault, call.operation] += 1
@@ -175,6 +197,8 @@ class World:
         story.charge_id = charge.id
         story.ran += 1
         self.note(story.id, "runs", charge.id)
+        if self.strikes("support voids", story.process):
+            self.later(story.takes_s / 2, lambda: self.begin(self._support_voids((story, charge.id)), "support"))
         if charge.id not in self.deducted:
             self.problem(f"{story.id} ran before its deduction was confirmed")
         if charge.id in self.voided and charge.id not in self.meddled:
@@ -185,18 +209,23 @@ class World:
         self.note("service", call.operation or call.path, call.charge_id, reply.status)
         if call.operation == "deduct" and reply.status in (200, 201):
             self.deducted.add(call.charge_id)
-        elif call.operation == "deduct" and reply.status == 402:
-            self.declined.add(call.charge_id)
         elif call.operation == "void" and reply.status == 200:
             self.voided.add(call.charge_id)
         if reply.status >= 500 and not self.profile.rates and call.operation != "void":
             self.problem(f"the service answered {reply.status}")
+
+    def heard(self, call: Call, status: int) -> None:
+        """An app has got an answer, be it from the service or from whoever stands in between."""
+        if call.operation == "deduct" and status == 402:
+            self.heard_402.add(call.charge_id)
 
     def logged(self, process: Process, event: str, record: Record | None, error: BaseException | None) -> None:
         if error is not None and _is_dead(error):
             return
         self.note(process.name, event, record.id if record else "", repr(error) if error else "")
         # Recovery says so of a journal that fails too.
+        if event == names.LOG_OWNERSHIP_LOST and not LOSE_OWNERSHIP & self.profile.rates.keys():
+            self.problem(f"{process.name} has lost {record.id if record else '?'}, and nobody can have taken it")
         if event == names.LOG_BUG and not isinstance(error, JournalError):
             self.problem(f"{process.name} says {event}: {error!r}")
 
@@ -415,7 +444,7 @@ class World:
         while self.service is None or not self.service.ready:
             await asyncio.sleep(0.01)
         for account in ACCOUNTS:
-            await self.grant(account, self.random.choice((5, 20, 60, 200)))
+            await self.grant(account, self.random.choice((1, 3, 5) if self.tight else (5, 20, 60, 200)))
         self.chaos = chaos
 
     async def grant(self, account: Any, amount: int) -> None:
@@ -430,6 +459,8 @@ class World:
             "killed between two steps": lambda: self._kill_one("killed between two steps"),
             "power loss": lambda: random.choice(self.machines).lose_power(),
             "stopped": self._stop_one,
+            "recovered by hand": self._recover_by_hand,
+            "lock file removed": self._remove_lock,
             "clock jumps": self._jump,
             "partition": self._partition,
             "support voids": lambda: self.begin(self._support_voids(), "support"),
@@ -439,8 +470,8 @@ class World:
             if kind in rates:
                 for _ in range(random.randint(1, 4)):
                     self.later(random.uniform(0.0, self.lasts_s), call)
-        for _ in range(random.randrange(3)):
-            account, amount = random.choice(ACCOUNTS), random.choice((5, 50))
+        for _ in range(random.randint(8, 20) if self.tight else random.randrange(3)):
+            account, amount = random.choice(ACCOUNTS), random.choice((5, 10, 50))
             self.later(
                 random.uniform(0.0, self.lasts_s),
                 lambda account=account, amount=amount: self.begin(self.grant(account, amount), "grant"),  # type: ignore[misc]
@@ -453,11 +484,52 @@ class World:
             process.after_steps(self.random.randrange(200), lambda: process.kill(why) if self.chaos else None)
 
     def _stop_one(self) -> None:
-        ready = [process for _, process in sorted(self.apps.items()) if process.ready]
-        if ready and self.chaos:
-            process = self.random.choice(ready)
+        process = self._ready_one()
+        if process is not None and self.chaos:
             self.struck("stopped", process)
             self.begin(self.stop(process, self.random.choice((0.0, 1.0, 10.0))), "stop")
+
+    def deduction_goes_out(self, process: Process) -> None:
+        """The moment at which it does most harm if somebody else takes the charge."""
+        after_s = self.random.choice((0.0, 0.01, 0.05, 0.5, 2.0))
+        if self.strikes("recovered by hand", process):
+            self.later(after_s, lambda: self._recover_by_hand(process))
+        if self.strikes("lock file removed", process):
+            self.later(after_s, lambda: self._remove_lock(process))
+
+    def call_goes_out(self, process: Process) -> None:
+        """Between a call and its answer is where a death leaves most unknown."""
+        after_s = self.random.choice((0.0, 0.001, 0.01, 0.05, 0.5))
+        if self.strikes("killed during a call", process):
+            self.later(after_s, lambda: process.kill("killed during a call") if self.chaos else None)
+        service = self.service
+        if service is not None and self.strikes("service killed during a call", service):
+            self.later(after_s, lambda: service.kill("service killed during a call") if self.chaos else None)
+
+    def _recover_by_hand(self, process: Process | None = None) -> None:
+        """Somebody has a process recover what it finds, running requests included: a second biller on one journal."""
+        process = process or self._ready_one()
+        if process is not None and process.ready and self.chaos:
+            self.struck("recovered by hand", process)
+            credits, telemetry = process.biller._credits, process.biller._telemetry  # noqa: A001
+            biller = Biller(credits, process.journal, runtime=process.runtime, telemetry=telemetry)
+            process.spawn(_quietly(biller.recover), "recovery by hand")
+
+    def _remove_lock(self, process: Process | None = None) -> None:
+        """A cleaner of old files removes a lock in use; somebody else takes the file for a dead process's."""
+        process = process or self._ready_one()
+        if process is None or not process.ready or not self.chaos or process.machine is not self.machines[0]:
+            return
+        self.struck("lock file removed", process)
+        for held in process.locks:
+            held.path.unlink(missing_ok=True)
+        for other in self.apps.values():
+            if other is not process and other.ready:
+                other.spawn(_quietly(other.biller.recover), "recovery")
+
+    def _ready_one(self) -> Process | None:
+        ready = [process for _, process in sorted(self.apps.items()) if process.ready]
+        return self.random.choice(ready) if ready else None
 
     def _jump(self) -> None:
         if self.chaos:
@@ -474,10 +546,10 @@ class World:
             self.network.partitioned_until = self.loop.clock_s + self.random.choice((2.0, 10.0, 60.0))
             self.note("network", "is cut until", self.network.partitioned_until)
 
-    async def _support_voids(self) -> None:
+    async def _support_voids(self, charge: "tuple[Story, str] | None" = None) -> None:
         """Somebody at the service voids a charge by hand."""
-        charge = self._some_charge()
-        if charge is None or not self.chaos:
+        charge = charge or self._some_charge()
+        if charge is None or not self.chaos or self.service is None or not self.service.ready:
             return
         story, charge_id = charge
         self.meddled.add(charge_id)
@@ -539,18 +611,25 @@ class World:
         self.refusing.clear()
         while self._tasks - {asyncio.current_task()}:
             await asyncio.sleep(1.0)
-        for _ in range(2):
-            await self._all_up()
-            # Until the breakers have closed, and recovery has looked at every file.
-            await asyncio.sleep(25.0)
-            await self._until(self._settled, 2 * DAY_S)
-            if self.network.under_way:
-                self._look_every(600.0)
-                await self._until(lambda: _done(not self.network.under_way), DAY_S)
+        await self._come_to_rest()
+        for name, process in sorted(self.apps.items()):
+            # Also one that has lost its lock, and says so at each request.
+            await self.stop(process, 200.0)
+            self.start(name)
+        await self._come_to_rest()
         self._look_every(10.0)
         await self._probes()
         await self._until(self._settled, 3600.0)
         await self._check()
+
+    async def _come_to_rest(self) -> None:
+        await self._all_up()
+        # Until the breakers have closed, and recovery has looked at every file.
+        await asyncio.sleep(25.0)
+        await self._until(self._settled, 2 * DAY_S)
+        if self.network.under_way:
+            self._look_every(600.0)
+            await self._until(lambda: _done(not self.network.under_way), DAY_S)
 
     async def _all_up(self) -> None:
         for name in ("service", "app-1", "app-2"):
@@ -632,6 +711,12 @@ class World:
             self.problem(f"unhandled: {context.get('message')} {error!r}")
 
     afterwards = False
+
+
+async def _quietly(work: Callable[[], Awaitable[Any]]) -> None:
+    """What somebody else does by the way: if it fails, that is their trouble."""
+    with contextlib.suppress(Exception):
+        await work()
 
 
 async def _done(value: bool) -> bool:
@@ -807,14 +892,18 @@ async def _at_once(call: Callable[..., Any], *args: Any, **_: Any) -> Any:
     return call(*args)
 
 
+@functools.cache
+def _spare_what_is_there() -> None:
+    gc.freeze()
+
+
 def run(seed: int) -> World:
     """Run one seed. What went wrong stands in `problems` of what is returned."""
     place = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
     directory = Path(tempfile.mkdtemp(prefix="simulation-", dir=place))
     # What is collected, and when, must not depend on what ran before. What was there before the first run is spared.
     gc.collect()
-    if gc.get_freeze_count() == 0:
-        gc.freeze()
+    _spare_what_is_there()
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -839,6 +928,7 @@ def run(seed: int) -> World:
 def _bury(world: World) -> None:
     """Let everything that is left come to an end without effect, so that nothing outlives the run."""
     world.afterwards = True
+    world.loop.steps = 0
     world.chaos = False
     for process in [process for machine in world.machines for process in list(machine.processes)]:
         process.exit()

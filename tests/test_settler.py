@@ -136,6 +136,7 @@ def test_refund_that_is_not_to_be_had_ends(
     assert found == state
     assert calls(world) == ["deduct", "refund"]
     assert ("credits.voided" if state == "voided" else "charge.disputed") in caplog.text
+    assert ("refunded=0" in caplog.text) == (state == "voided")  # it went back before, not by this
     (span,) = world.spans(SPAN_REFUND)
     assert (span.attributes or {}).get("error.type") == (None if state == "voided" else "refused")
 

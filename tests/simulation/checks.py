@@ -43,6 +43,9 @@ def records_of(world: World) -> dict[str, Record]:
     found: dict[str, Record] = {}
     for path in sorted((world.directory / "journal").glob("*.db")):
         connection = sqlite3.connect(path)
+        if connection.execute("PRAGMA user_version").fetchone() == (0,):
+            connection.close()  # its process died as it made it
+            continue
         for row in connection.execute(f"SELECT {_COLUMNS} FROM charges ORDER BY id"):
             record = record_in(row)
             if record.id in found:

@@ -631,8 +631,8 @@ def opened_is_not_synced() -> Iterator[None]:
     """`opened` is synced to disk before the first send."""
     open_it, run = SqliteJournal.open, sqlite._Slot.run
 
-    def unsynced(self: Any, operation: Any, *, durable: bool) -> Any:
-        return run(self, operation, durable=False)
+    def unsynced(self: Any, operation: Any, *, durable: bool, **options: Any) -> Any:
+        return run(self, operation, durable=False, **options)
 
     def broken(self: Any, record: Record) -> Awaitable[None]:
         with replaced(sqlite._Slot, "run", unsynced):

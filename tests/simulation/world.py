@@ -380,6 +380,8 @@ class World:
             if last:
                 story.completed = True
                 story.last_at = self.loop.clock_s
+                if self.strikes("cancelled"):
+                    self.outside(self.loop.call_soon, self.cancel, story)
             await asyncio.sleep(story.send_s)
 
         scope = {

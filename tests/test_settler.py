@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +207,7 @@ def test_retry_after_of_a_refund_is_respected(world: World, asked: float, least:
 def test_first_waits_are_spread_below_a_second(world: World) -> None:
     """Charges that got no answer at the same moment are not all tried again at the same moment."""
     due_refunds(world, 20)
+    times = call_times(world, "refund")
     world.bank.always["refund"] = LOST
 
     async def main() -> list[float]:
@@ -221,6 +224,7 @@ def test_first_waits_are_spread_below_a_second(world: World) -> None:
     assert len(waits) == 20
     assert 0.5 <= min(waits) < 0.7
     assert 0.8 < max(waits) < 1.1
+    assert times[20:] == pytest.approx(sorted(waits), abs=0.06)  # no sooner than a moment after the last look
 
 
 def test_postponed_charges_stand_on_record_and_not_in_memory(world: World) -> None:
@@ -480,6 +484,7 @@ def test_rounds_back_off_over_full_passes_too(world: World) -> None:
     world.run(main)
     rounds = sorted({round(at, 2) for at in times})
     gaps = [after - before for before, after in itertools.pairwise(rounds)]
+    assert gaps[:4] == pytest.approx([2.0, 4.0, 8.0, 10.0], abs=0.05)
     assert all(gap >= 9.5 for gap in gaps[4:]), gaps
 
 
@@ -694,11 +699,40 @@ def test_record_that_cannot_be_written_stands_in_nobodys_way(world: World, kind:
     world.holds(GRANTED + 300)
 
 
+@pytest.mark.parametrize(
+    ("error", "event"), [(JournalError("input/output error"), "journal.failed"), (ZeroDivisionError(), "billing.bug")]
+)
 def test_journal_that_cannot_be_read_is_loud_and_tried_again(
+    world: World, error: Exception, event: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recovery outlives it, is not taken to be under way afterwards, and calls only a bug a bug."""
+    due_refunds(world, 1)
+
+    async def due(*_: Any, **__: Any) -> Any:
+        raise error
+
+    async def main() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(world.journal, "due", due)
+            await world.biller.start()
+            await asyncio.sleep(30)
+            with pytest.raises(type(error)):
+                await world.biller.recover()
+        await world.quiet(30)
+        await settled()
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    events = caplog.text.count("journal.failed") + caplog.text.count("billing.bug")
+    assert 2 <= caplog.text.count("recovery failed") == caplog.text.count(event) == events <= 5
+
+
+def test_unusable_file_is_told_where_nothing_can_be_read(
     world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Recovery outlives it, and does not call it a bug."""
-    due_refunds(world, 1)
+    """It may well be the cause."""
+    (world.directory / "journal").mkdir()
+    (world.directory / "journal" / "charges-0.db").write_bytes(b"a letter" * 100)
 
     async def due(*_: Any, **__: Any) -> Any:
         raise JournalError("input/output error")
@@ -707,15 +741,11 @@ def test_journal_that_cannot_be_read_is_loud_and_tried_again(
         with monkeypatch.context() as patch:
             patch.setattr(world.journal, "due", due)
             await world.biller.start()
-            await asyncio.sleep(30)
-            with pytest.raises(JournalError):
-                await world.biller.recover()
-        await world.quiet(30)
+            await settled()
+            assert "not a database" in caplog.text
         await world.biller.drain(1.0)
 
     world.run(main)
-    assert 2 <= caplog.text.count("recovery failed") == caplog.text.count("journal.failed") <= 5
-    assert "billing.bug" not in caplog.text
 
 
 def test_wall_clock_that_stands_still_or_jumps_loses_nothing(world: World) -> None:
@@ -726,6 +756,186 @@ def test_wall_clock_that_stands_still_or_jumps_loses_nothing(world: World) -> No
     object.__setattr__(world.runtime, "now", lambda: clock() + next(jumps, 0.0))
     served(world, within_s=3 * 3600)
     world.holds()
+
+
+def test_figures_of_recovery_are_the_documented_ones() -> None:
+    """What the documentation says of waits and of what is kept; nobody changes the one without the other."""
+    assert module.RECOVER_EVERY_S == 10.0
+    assert (module.FIRST_BACKOFF_S, module.MAX_BACKOFF_S, module.MAX_RETRY_AFTER_S) == (1.0, 300.0, 3_600.0)
+    assert (module.AT_ONCE, module.ROUND, module.LOOK_AGAIN_AFTER_S) == (8, 200, 300.0)
+    assert (module.KEEP_S, module.KEEP_AT_MOST) == (604_800.0, 100_000)
+
+
+def adoptions(world: World) -> list[float]:
+    """When the whole journal is looked through, from now on."""
+    times: list[float] = []
+    real = world.inner.adopt
+
+    async def adopt(now: float) -> int:
+        times.append(world.time)
+        return await real(now)
+
+    world.inner.adopt = adopt  # type: ignore[method-assign]
+    return times
+
+
+def test_journal_is_looked_through_every_ten_seconds(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """As long as nothing is due, that is all, and nothing goes wrong with it."""
+    times = adoptions(world)
+
+    async def main() -> None:
+        await world.biller.start()
+        await asyncio.sleep(101)
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    assert times == pytest.approx([10.0 * n for n in range(11)], abs=0.01)
+    assert caplog.text == ""
+
+
+def test_refund_that_is_tried_every_few_seconds_neither_hurries_nor_hinders_the_look_through(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is due is asked for when it is due; the whole journal only after its ten seconds."""
+    monkeypatch.setattr(module, "MAX_BACKOFF_S", 3.0)
+    due_refunds(world, 1)
+    times = adoptions(world)
+    world.bank.always["refund"] = Fault(Unanswered("busy", retry_after_s=3.0))
+
+    async def main() -> None:
+        await world.biller.start()
+        await asyncio.sleep(100)
+        world.bank.always.clear()
+        await world.quiet()
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    gaps = [after - before for before, after in itertools.pairwise(times)]
+    assert len(gaps) >= 7
+    assert all(10.0 <= gap < 13.5 for gap in gaps), gaps
+
+
+def test_one_pass_tries_each_charge_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that cannot be written, and is still due after each round of the pass."""
+    monkeypatch.setattr(module, "ROUND", 10)
+    due_refunds(world, 35)
+    real = world.journal.write
+
+    def write(before: Record, after: Record, *, durable: bool) -> Any:
+        async def refuse() -> bool:
+            raise JournalError("disk full")
+
+        return refuse() if before.id == "c00000" else real(before, after, durable=durable)
+
+    async def main() -> None:
+        await world.inner.start()
+        with monkeypatch.context() as patch:
+            patch.setattr(world.journal, "write", write, raising=False)
+            assert await world.biller.recover() == 35
+        assert calls(world) == ["refund"] * 35
+        assert await world.biller.recover() == 1
+        await world.inner.close()
+
+    world.run(main)
+    world.holds(GRANTED + 35)
+
+
+def test_two_passes_at_once_try_each_charge_once(world: World) -> None:
+    """Both read the same charges as due; who is second to take one up leaves it to the first."""
+    due_refunds(world, 20)
+
+    async def main() -> None:
+        await world.biller.start()
+        tried = await asyncio.gather(world.biller.recover(), world.biller.recover())
+        assert sum(tried) <= 20
+        await settled()
+        assert calls(world) == ["refund"] * 20
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    world.holds(GRANTED + 20)
+
+
+@pytest.mark.parametrize(("at_once", "failing", "least", "most"), [(1, 99, 1, 1), (8, 99, 8, 15), (8, 7, 99, 99)])
+def test_pass_ends_when_as_many_cannot_be_written_as_are_tried_at_once(
+    world: World, at_once: int, failing: int, least: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A journal that takes nothing is not asked for every charge; fewer stand in nobody's way."""
+    monkeypatch.setattr(module, "AT_ONCE", at_once)
+    due_refunds(world, 99)
+    real = world.journal.write
+    refused = {f"c{n:05}" for n in range(failing)}
+
+    def write(before: Record, after: Record, *, durable: bool) -> Any:
+        async def refuse() -> bool:
+            raise JournalError("disk full")
+
+        return refuse() if before.id in refused else real(before, after, durable=durable)
+
+    async def main() -> None:
+        await world.inner.start()
+        with monkeypatch.context() as patch:
+            patch.setattr(world.journal, "write", write, raising=False)
+            assert least <= await world.biller.recover() <= most
+        await world.biller.recover()
+        assert await world.inner.unsettled(EPOCH) == {}
+        await world.inner.close()
+
+    world.run(main)
+    world.holds(GRANTED + 99)
+
+
+def test_one_refund_that_cannot_be_sent_ends_the_pass_though_others_are_answered(world: World) -> None:
+    """An answer that comes in after it does not make the service reachable again."""
+    due_refunds(world, 200)
+    world.bank.faults["refund"] = [NOT_SENT]
+
+    async def main() -> None:
+        await world.inner.start()
+        assert module.AT_ONCE <= await world.biller.recover() <= 2 * module.AT_ONCE
+        await world.inner.close()
+
+    world.run(main)
+
+
+def test_outcome_that_recovery_decides_is_synced_before_its_refund(world: World) -> None:
+    """A power loss must not bring back a charge whose refund is out as one that is to be refunded otherwise."""
+    due_refunds(world, 1, state=State.DEDUCTED)
+    written: list[tuple[str, bool]] = []
+    real = world.inner.write
+
+    def write(before: Record, after: Record, *, durable: bool) -> Any:
+        written.append((f"{before.state}-{after.state}", durable))
+        return real(before, after, durable=durable)
+
+    world.inner.write = write  # type: ignore[method-assign]
+
+    async def main() -> None:
+        await world.biller.start()
+        await world.quiet()
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    assert written == [("deducted-refunding", True), ("refunding-settled", False)]
+
+
+@pytest.mark.parametrize(("most", "days", "left"), [(9, 6.9, 3), (9, 7.1, 0), (2, 0.0, 2)])
+def test_final_charges_are_forgotten_after_a_week_or_beyond_a_number(
+    world: World, most: int, days: float, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then people can look at them."""
+    monkeypatch.setattr(module, "KEEP_AT_MOST", most)
+    due_refunds(world, 3)
+
+    async def main() -> None:
+        await world.inner.start()
+        assert await world.biller.recover() == 3
+        world.time += days * 86_400
+        await world.biller.recover()
+        await world.inner.close()
+
+    world.run(main)
+    assert len(final(world)) == left
 
 
 # Starting, draining, starting again.
@@ -741,7 +951,7 @@ def test_drain_waits_for_requests_and_their_refunds(world: World) -> None:
         request = asyncio.create_task(world.serve(route=three_seconds))
         await asyncio.sleep(1)
         await world.biller.drain(5.0)
-        assert 3 <= world.time < 4
+        assert 3 <= world.time < 3.1
         assert request.done()
         assert world.bank.balance == GRANTED - 8
         assert world.bank.started == 0
@@ -759,8 +969,9 @@ def test_drain_that_runs_out_of_time_leaves_the_rest_to_the_next_start(world: Wo
 
     async def main() -> None:
         with striking(world, Accident("hang", "refund…")):
-            await world.serve()
+            charge = await world.serve()
             await world.struck.wait()
+            assert f"metered-billing {charge.id}" in {task.get_name() for task in asyncio.all_tasks()}
             began = world.time
             if also != "nothing":
                 charge = await world.biller.deduct(ANN, Paid(10))
@@ -813,6 +1024,64 @@ def test_drain_that_is_cancelled_closes_all_the_same(world: World) -> None:
         assert world.inner.owner == ""
 
     world.run(main)
+
+
+def test_drain_that_runs_out_of_time_lets_go_of_what_recovery_sees_to(world: World) -> None:
+    """The next start of this very process refunds it."""
+    due_refunds(world, 3)
+
+    async def main() -> None:
+        with striking(world, Accident("hang", "refund…")):
+            await world.biller.start()
+            await world.struck.wait()
+            await world.biller.drain(2.0)
+        assert not world.live
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        await world.biller.start()
+        await world.quiet(60)
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    world.holds(GRANTED + 3)
+
+
+def test_credits_that_cannot_be_closed_do_not_keep_the_journal_open(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lock is free all the same, and the error is told."""
+
+    async def aclose() -> None:
+        raise OSError("not today")
+
+    async def main() -> None:
+        await world.biller.start()
+        with monkeypatch.context() as patch:
+            patch.setattr(world.bank, "aclose", aclose)
+            with pytest.raises(OSError, match="not today"):
+                await world.biller.drain(1.0)
+        assert world.inner.owner == ""
+
+    world.run(main)
+
+
+def test_start_tells_the_journal_whose_credits_it_is_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that charges against one service are never refunded at another."""
+    world.bank.realm = "https://credits.example"
+    realms: list[str] = []
+    real = world.inner.start
+
+    async def start(realm: str) -> None:
+        realms.append(realm)
+        await real(realm)
+
+    monkeypatch.setattr(world.inner, "start", start)
+
+    async def main() -> None:
+        await world.biller.start()
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    assert realms == ["https://credits.example"]
 
 
 def test_two_drains_at_once_are_one(world: World) -> None:
@@ -977,7 +1246,8 @@ def test_next_loop_takes_up_what_a_closed_one_left(world: World) -> None:
 
 
 def test_loop_that_is_closed_without_a_word_is_taken_over(world: World) -> None:
-    """Its tasks never learn of it; what it was seeing to is swept by the next loop."""
+    """Its tasks never learn of it; what it was seeing to is swept by the next loop, and memory forgets it."""
+    closed: list[weakref.ref[asyncio.AbstractEventLoop]] = []
 
     async def main() -> None:
         await world.biller.start()
@@ -985,13 +1255,19 @@ def test_loop_that_is_closed_without_a_word_is_taken_over(world: World) -> None:
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
         await asyncio.sleep(0)
-        world.biller._settler._loops[asyncio.get_running_loop()] = LoopTasks(lambda: 0.0)
+        left = world.biller._settler._loops[asyncio.get_running_loop()] = LoopTasks(lambda: 0.0)
+        left.recovery = asyncio.create_task(asyncio.sleep(0))
+        await left.recovery
+        closed.append(weakref.ref(asyncio.get_running_loop()))
 
     world.run(main)
     assert len(world.live) == 1
+    assert not world.biller._settler.busy
 
     async def later() -> None:
         await world.biller.start()
+        gc.collect()
+        assert closed[0]() is None
         await world.quiet()
         assert not world.live
         await world.biller.drain(1.0)
@@ -1049,6 +1325,67 @@ def test_settled_waits_for_what_is_in_flight_and_for_nothing_else(world: World) 
 
     world.run(main)
     assert times[0] < 0.5
+
+
+def test_settled_waits_for_a_pass_that_somebody_asked_for(world: World) -> None:
+    """Its refunds are in flight like any others, though recovery itself rests."""
+    real = world.bank.refund
+
+    async def slow(record: Record) -> Any:
+        await asyncio.sleep(1)
+        return await real(record)
+
+    world.bank.refund = slow  # type: ignore[method-assign]
+
+    async def main() -> None:
+        await world.biller.start()
+        await settled()
+        world.bank.balance += 1
+        record = Record(
+            id="c00000", account=ANN, amount_credits=1, units=1, opened_at=EPOCH, owner=world.inner.owner,
+            due_at=EPOCH, state=State.REFUNDING, transaction_id="tx-c00000", refund_credits=1,
+        )  # fmt: skip
+        world.bank.take(record)
+        await world.inner.open(record)
+        asked = asyncio.create_task(world.biller.recover())
+        await asyncio.sleep(0.1)
+        await settled()
+        assert calls(world) == ["refund"]
+        assert await asked == 1
+        await world.biller.drain(1.0)
+
+    world.run(main)
+
+
+def test_settled_waits_for_a_refund_of_a_request(world: World) -> None:
+    """Though recovery rests meanwhile."""
+    real = world.bank.refund
+
+    async def slow(record: Record) -> Any:
+        await asyncio.sleep(1)
+        return await real(record)
+
+    world.bank.refund = slow  # type: ignore[method-assign]
+
+    async def main() -> None:
+        await world.biller.start()
+        await settled()
+        await world.serve()
+        await settled()
+        assert calls(world) == ["deduct", "refund"]
+        await world.biller.drain(1.0)
+
+    world.run(main)
+
+
+def test_journal_that_fails_in_the_background_is_no_bug(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """It is told as what it is, with the charge that it is about."""
+    with striking(world, Accident("fail", "refunding-settled…")):
+        served(world)
+    (told,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("journal.failed")]
+    assert world.bank.calls[0][1] in told
+    assert "billing.bug" not in caplog.text
+    world.holds()
 
 
 def test_recovery_without_a_start_says_so(world: World) -> None:

@@ -773,7 +773,7 @@ def adoptions(world: World) -> list[float]:
     real = world.inner.adopt
 
     async def adopt(now: float) -> int:
-        times.append(world.time)
+        times.append(now - EPOCH)
         return await real(now)
 
     world.inner.adopt = adopt  # type: ignore[method-assign]

@@ -365,7 +365,10 @@ def test_without_voids_a_forgotten_decline_is_looked_up_five_minutes_later(
     assert world.bank.balance == (105 if arrives else 5)
 
 
-def test_without_voids_a_restart_does_not_bring_the_look_up_forward(world: World) -> None:
+@pytest.mark.parametrize("after_s", [0.0, 299.5])
+def test_without_voids_a_restart_does_not_bring_the_look_up_forward(
+    world: World, after_s: float, caplog: pytest.LogCaptureFixture
+) -> None:
     """What is adopted is due at once, but a copy of the deduction may be under way for as long as before."""
     without_voids(world, LOST, remembers=False)
     world.bank.balance = 5
@@ -375,6 +378,7 @@ def test_without_voids_a_restart_does_not_bring_the_look_up_forward(world: World
         with pytest.raises(BillingError):
             await world.serve()
         await settled()
+        await asyncio.sleep(after_s)
         await world.biller.drain(1.0)
         await world.biller.start()
         await world.quiet()
@@ -382,14 +386,18 @@ def test_without_voids_a_restart_does_not_bring_the_look_up_forward(world: World
 
     world.run(main)
     assert 299.9 < times[0] < 311
+    assert caplog.text.count('reason="declined; looking again later"') == 2
     assert calls(world).count("deduct") == 2
 
 
-def test_without_voids_a_decline_that_is_not_the_services_own_is_not_the_end(world: World) -> None:
+def test_without_voids_a_decline_that_is_not_the_services_own_is_not_the_end(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     """A proxy's 402 to the resend does not tell that the deduction did not happen."""
     without_voids(world, UNHEARD, Fault(Declined(5, certain=False)), remembers=True)
     served(world)
     assert calls(world) == ["deduct", *["void", "deduct"] * 2, "refund"]
+    assert 'reason="declined, in doubt"' in caplog.text
     world.holds()
 
 
@@ -816,8 +824,10 @@ def test_refund_that_is_tried_every_few_seconds_neither_hurries_nor_hinders_the_
     assert all(10.0 <= gap < 13.5 for gap in gaps), gaps
 
 
-def test_one_pass_tries_each_charge_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also one that cannot be written, and is still due after each round of the pass."""
+def test_one_pass_tries_each_charge_once(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also one that cannot be written, and is still due after each round of the pass; that is told."""
     monkeypatch.setattr(module, "ROUND", 10)
     due_refunds(world, 35)
     real = world.journal.write
@@ -833,6 +843,9 @@ def test_one_pass_tries_each_charge_once(world: World, monkeypatch: pytest.Monke
         with monkeypatch.context() as patch:
             patch.setattr(world.journal, "write", write, raising=False)
             assert await world.biller.recover() == 35
+        (told,) = [record.getMessage() for record in caplog.records if record.name == "metered_billing"]
+        assert told.startswith("journal.failed")
+        assert "c00000" in told
         assert calls(world) == ["refund"] * 35
         assert await world.biller.recover() == 1
         await world.inner.close()

@@ -1260,6 +1260,35 @@ def test_next_loop_takes_up_what_a_closed_one_left(world: World) -> None:
     world.holds()
 
 
+def test_loop_that_ends_with_a_request_under_way_leaves_its_refund_to_the_next(world: World) -> None:
+    """What `asyncio.run` cancels at its end starts a refund; no task of it is left on the closed loop."""
+    loops: list[asyncio.AbstractEventLoop] = []
+    requests: list[asyncio.Task[Charge]] = []
+
+    async def for_ever(charge: Charge) -> None:
+        await asyncio.Event().wait()
+
+    async def main() -> None:
+        loops.append(asyncio.get_running_loop())
+        requests.append(asyncio.create_task(world.serve(route=for_ever)))
+        await asyncio.sleep(1)
+
+    with striking(world, Accident("hang", "refund…")):
+        world.run(main)
+    assert requests[0].cancelled()
+    assert asyncio.all_tasks(loops[0]) == set()
+
+    async def later() -> None:
+        await world.biller.start()
+        await world.quiet()
+        assert not world.live
+        await world.biller.drain(1.0)
+
+    world.run(later)
+    assert world.bank.balance == GRANTED
+    world.holds()
+
+
 def test_loop_that_is_closed_without_a_word_is_taken_over(world: World) -> None:
     """Its tasks never learn of it; what it was seeing to is swept by the next loop, and memory forgets it."""
     closed: list[weakref.ref[asyncio.AbstractEventLoop]] = []

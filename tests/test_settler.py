@@ -1260,13 +1260,19 @@ def test_next_loop_takes_up_what_a_closed_one_left(world: World) -> None:
     world.holds()
 
 
-def test_loop_that_ends_with_a_request_under_way_leaves_its_refund_to_the_next(world: World) -> None:
+@pytest.mark.parametrize("cleans_up_s", [0.0, 0.5])
+def test_loop_that_ends_with_a_request_under_way_leaves_its_refund_to_the_next(
+    world: World, cleans_up_s: float
+) -> None:
     """What `asyncio.run` cancels at its end starts a refund; no task of it is left on the closed loop."""
     loops: list[asyncio.AbstractEventLoop] = []
     requests: list[asyncio.Task[Charge]] = []
 
     async def for_ever(charge: Charge) -> None:
-        await asyncio.Event().wait()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(cleans_up_s)
 
     async def main() -> None:
         loops.append(asyncio.get_running_loop())

@@ -1266,7 +1266,7 @@ def test_loop_that_ends_with_a_request_under_way_leaves_its_refund_to_the_next(
 ) -> None:
     """What `asyncio.run` cancels at its end starts a refund; no task of it is left on the closed loop."""
     loops: list[asyncio.AbstractEventLoop] = []
-    requests: list[asyncio.Task[Charge]] = []
+    left: set[asyncio.Task[Any]] = set()
 
     async def for_ever(charge: Charge) -> None:
         try:
@@ -1276,12 +1276,14 @@ def test_loop_that_ends_with_a_request_under_way_leaves_its_refund_to_the_next(
 
     async def main() -> None:
         loops.append(asyncio.get_running_loop())
-        requests.append(asyncio.create_task(world.serve(route=for_ever)))
+        request = asyncio.create_task(world.serve(route=for_ever))
         await asyncio.sleep(1)
+        left.update(asyncio.all_tasks() - {asyncio.current_task()})
+        assert request in left
 
     with striking(world, Accident("hang", "refund…")):
         world.run(main)
-    assert requests[0].cancelled()
+    assert [task.cancelled() for task in left] == [True, True]  # the request and recovery
     assert asyncio.all_tasks(loops[0]) == set()
 
     async def later() -> None:

@@ -327,9 +327,8 @@ class World:
         ready = [process for _, process in sorted(self.apps.items()) if process.ready]
         if not ready:
             return
-        story.process = process = self.random.choice(ready)
-        story.began_at = self.loop.clock_s
-        story.task = process.spawn(self._serve(story, process), story.id)
+        process = self.random.choice(ready)
+        self._begin(story, process)
         within_s = story.takes_s + self.random.choice((0.02, 0.5, 4.0))
         if self.strikes("client leaves"):
             self.later(self.random.uniform(0.0, within_s), lambda: self.leave(story))
@@ -338,6 +337,17 @@ class World:
                 self.later(self.random.uniform(0.0, within_s), lambda: self.cancel(story))
             else:
                 process.after_steps(self.random.randrange(150), lambda: self.cancel(story))
+
+    def _begin(self, story: Story, process: Process) -> None:
+        story.process, story.began_at = process, self.loop.clock_s
+        story.task = process.spawn(self._serve(story, process), story.id)
+
+        def ended(_: object) -> None:  # not within the task: it may be cancelled before its first step
+            if process.alive:
+                story.ended_at = self.loop.clock_s
+                self.note(story.id, "ends", story.status, "complete" if story.completed else "incomplete")
+
+        process.run(story.task.add_done_callback, ended)
 
     def leave(self, story: Story) -> None:
         if story.ended_at is None:
@@ -411,10 +421,6 @@ class World:
                 and not isinstance(error, OSError | ClientDisconnect)
             ):
                 self.problem(f"{story.id} raised {error!r}")
-        finally:
-            if process.alive:
-                story.ended_at = self.loop.clock_s
-                self.note(story.id, "ends", story.status, "complete" if story.completed else "incomplete")
 
     def _about_to_complete(self, story: Story) -> None:
         """The last byte goes out: by now the outcome is on record, or the journal has failed loudly."""
@@ -684,8 +690,7 @@ class World:
             story.kind, story.takes_s = "number", 0.0
             self.stories[story.id] = story
             await self.grant(story.account, 100)
-            story.process, story.began_at = self.apps[name], self.loop.clock_s
-            story.task = story.process.spawn(self._serve(story, story.process), story.id)
+            self._begin(story, self.apps[name])
             await self._until(lambda story=story: _done(story.ended_at is not None), 60.0)  # type: ignore[misc]
             if story.status != 200:
                 self.problem(f"{story.id} is answered {story.status} although nothing fails any more")

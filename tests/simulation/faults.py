@@ -94,6 +94,10 @@ class Profile:
             self.rates |= dict.fromkeys(kinds, random.choice((0.2, 0.5)))
             self._list()
 
+    def drop(self, kind: str) -> None:
+        self.rates.pop(kind, None)
+        self._list()
+
     def _list(self) -> None:
         self.network = [(kind, self.rates[kind]) for kind in NETWORK if kind in self.rates]
 

@@ -54,6 +54,9 @@ DAY_S = 86_400.0
 LOSE_OWNERSHIP = {"recovered by hand", "lock file removed", "I/O error after a commit"}
 """Faults in which a charge is taken from whoever sees to it."""
 
+FULL = {"disk full", "disk full at commit", "I/O error at commit"}
+"""Faults in which a charge whose request was cancelled meanwhile never came on record."""
+
 
 class Violation(Exception):
     """A promise was broken."""
@@ -67,7 +70,11 @@ class Forgetful(Contract):
 
 @dataclass(frozen=True)
 class ServiceKind:
-    """What the credits service can do of what it should."""
+    """What the credits service can do of what it should.
+
+    Attributes:
+        balance_first: It looks at the balance before it looks at the key, and so may decline what it has taken.
+    """
 
     has_voids: bool
     remembers_declines: bool
@@ -99,6 +106,8 @@ class World:
             self.profile.dwell_on(self.random, "request late", "duplicate")
         elif self.service_kind.balance_first:
             self.profile.dwell_on(self.random, "reply lost", "5xx after", "reset after the request")
+            # It would decline the very first answer of what the other copy has just taken: nobody could tell.
+            self.profile.drop("duplicate")
         elif not self.service_kind.has_voids:
             self.profile.dwell_on(self.random, "stray proxy before", "stray proxy after", "reply lost")
         if LOSE_OWNERSHIP & self.profile.rates.keys():
@@ -224,7 +233,8 @@ class World:
             return
         self.note(process.name, event, record.id if record else "", repr(error) if error else "")
         # Recovery says so of a journal that fails too.
-        if event == names.LOG_OWNERSHIP_LOST and not LOSE_OWNERSHIP & self.profile.rates.keys():
+        never_opened = record is not None and record.state is State.OPENED and FULL & self.profile.rates.keys()
+        if event == names.LOG_OWNERSHIP_LOST and not never_opened and not LOSE_OWNERSHIP & self.profile.rates.keys():
             self.problem(f"{process.name} has lost {record.id if record else '?'}, and nobody can have taken it")
         if event == names.LOG_BUG and not isinstance(error, JournalError):
             self.problem(f"{process.name} says {event}: {error!r}")

@@ -249,7 +249,8 @@ class World:
             self.service = None
         elif self.apps.get(process.name) is process:
             del self.apps[process.name]
-        if self.chaos:
+        # In quiet, too: a start that began before may fail by what it had met by then.
+        if self.chaos or not (process.stopping or self.afterwards):
             self.later(self.random.choice((0.2, 2.0, 15.0, 40.0)), lambda: self.start(process.name))
 
     # Processes.

@@ -525,14 +525,38 @@ def test_mend_finds_what_can_be_read_and_names_the_rest(tmp_path: Path) -> None:
     asyncio.run(adopt())
 
 
-@pytest.mark.parametrize("spoil", [a_letter, a_short_letter])
-def test_mend_of_what_is_no_journal_makes_nothing(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
-    """It says so."""
-    spoil(tmp_path / "charges-0.db")
+@pytest.mark.parametrize("spoil", [a_letter, a_short_letter, lambda path: path.write_bytes(b"")])
+def test_mend_that_can_read_nothing_says_so_and_fails(tmp_path: Path, spoil: Callable[[Path], Any]) -> None:
+    """No charge found is not no charge owed."""
+    corrupt = tmp_path / f"charges-0.corrupt-{STAMP}.db"
+    spoil(corrupt)
     said: list[str] = []
-    assert mend.main([str(tmp_path / "charges-0.db")], said.append) == 0
-    assert said == ["0 charges that need something done could be read", ".\n"]
-    assert [path.name for path in tmp_path.iterdir()] == ["charges-0.db"]
+    assert mend.main([str(corrupt)], said.append) == 1
+    assert "".join(said).startswith("0 charges that need something done could be read.\nNot all of it could be read")
+    assert [path.name for path in tmp_path.iterdir()] == [corrupt.name]
+
+
+def test_mend_of_a_file_whose_first_bytes_alone_are_gone_finds_all(tmp_path: Path) -> None:
+    """They are the same in every file."""
+    path = tmp_path / "charges-0.db"
+    left_by_a_killed_process(path)
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    corrupt = path.rename(tmp_path / f"charges-0.corrupt-{STAMP}.db")
+    corrupt.write_bytes(b"X" * 16 + corrupt.read_bytes()[16:])
+    said: list[str] = []
+    assert mend.main([str(corrupt)], said.append) == 0
+    assert said[0] == "50 charges that need something done could be read"
+
+
+async def test_mend_of_a_file_in_use_is_refused(journal: SqliteJournal, tmp_path: Path) -> None:
+    """Its charges would stand in two files, and be settled in both."""
+    await journal.open(charge(journal))
+    said: list[str] = []
+    assert mend.main([str(tmp_path / "charges-0.db")], said.append) == 2
+    assert "is not a file that was set aside" in said[0]
+    assert not (tmp_path / "charges-1.db").exists()
 
 
 def test_mend_of_nothing_says_how_it_is_called(tmp_path: Path) -> None:

@@ -24,6 +24,11 @@ def live(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("charges-*.db") if _LIVE.fullmatch(path.name))
 
 
+def is_aside(path: Path) -> bool:
+    """Whether it is, by its name, a database that was set aside: nobody has it in use."""
+    return path.suffix == ".db" and _ASIDE.fullmatch(path.name) is not None
+
+
 def set_aside(path: Path, now: float) -> Path:
     """Rename a file, and what belongs to it. Returns its new path.
 

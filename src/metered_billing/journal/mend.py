@@ -31,11 +31,13 @@ class Mended:
         path: The new file, or None where nothing was left to do.
         found: The ids of the charges in it: unsettled ones, and disputed ones.
         lost: What is known of unsettled charges that could not be read: id and state.
+        whole: Whether that is all: neither the rows nor the index that names them broke off.
     """
 
     path: Path | None
     found: tuple[str, ...]
     lost: tuple[tuple[str, str], ...]
+    whole: bool
 
 
 def mend(corrupt: Path) -> Mended:
@@ -43,17 +45,22 @@ def mend(corrupt: Path) -> Mended:
 
     Raises:
         OSError: It cannot be read, or the new one not be made.
+        ValueError: It is not a file that was set aside. One that is in use must not be copied: its charges would be
+            settled twice over.
     """
+    if not aside.is_aside(corrupt):
+        raise ValueError(f"{corrupt} is not a file that was set aside: those are named charges-N.corrupt-TIME.db")
     with tempfile.TemporaryDirectory(prefix="mend-", dir=corrupt.parent) as place:
         copy = Path(place) / "copy.db"
         shutil.copyfile(corrupt, copy)
+        _put_magic_back(copy)
         with contextlib.suppress(FileNotFoundError):
             shutil.copyfile(corrupt.with_name(corrupt.name + "-wal"), copy.with_name("copy.db-wal"))
         connection = sqlite3.connect(copy)
         try:
             connection.text_factory = text_or_bytes
-            rows, lost = _read(connection)
-            realms = list(_as_far_as_it_goes(connection, "SELECT realm FROM about"))
+            rows, lost, whole = _read(connection)
+            realms = list(_as_far_as_it_goes(connection, "SELECT realm FROM about", []))
         finally:
             connection.close()
         path = None
@@ -61,11 +68,20 @@ def mend(corrupt: Path) -> Mended:
             new = Path(place) / "new.db"
             _write(new, rows, realms)
             path = _publish(new, corrupt)
-    return Mended(path, tuple(sorted(rows)), tuple(lost))
+    return Mended(path, tuple(sorted(rows)), tuple(lost), whole)
 
 
-def _read(connection: sqlite3.Connection) -> tuple[dict[str, tuple[Any, ...]], list[tuple[str, str]]]:
-    """The rows that matter, and what an index knows of unsettled ones that cannot be read."""
+def _put_magic_back(copy: Path) -> None:
+    """The same 16 bytes begin every SQLite file: where only they are gone, all of it can be read."""
+    with copy.open("r+b") as file:
+        file.write(_MAGIC)
+
+
+_MAGIC = b"SQLite format 3\x00"
+
+
+def _read(connection: sqlite3.Connection) -> tuple[dict[str, tuple[Any, ...]], list[tuple[str, str]], bool]:
+    """The rows that matter, what an index knows of unsettled ones that cannot be read, and whether that is all."""
     rows: dict[str, tuple[Any, ...]] = {}
 
     def keep(row: tuple[Any, ...]) -> None:
@@ -76,26 +92,34 @@ def _read(connection: sqlite3.Connection) -> tuple[dict[str, tuple[Any, ...]], l
 
     select = f"SELECT {', '.join(COLUMNS)}, request_id FROM charges"  # noqa: S608 - names of ours
     # From both ends up to whatever is broken, then one by one what an index still names.
+    broken: list[sqlite3.Error] = []
     for order in ("ASC", "DESC"):
-        for row in _as_far_as_it_goes(connection, f"{select} ORDER BY id {order}"):
+        for row in _as_far_as_it_goes(connection, f"{select} ORDER BY id {order}", broken):
             keep(row)
+    unnamed: list[sqlite3.Error] = []
     known: dict[str, str] = {}
     for order in ("ASC", "DESC"):
         for charge_id, state in _as_far_as_it_goes(
             connection,
             "SELECT id, state FROM charges INDEXED BY charges_unsettled WHERE closed_at IS NULL"  # noqa: S608
             f" ORDER BY owner {order}, due_at {order}, id {order}",
+            unnamed,
         ):
             known[str(charge_id)] = str(state)
     for charge_id in known.keys() - rows.keys():
-        for row in _as_far_as_it_goes(connection, f"{select} WHERE id = ?", charge_id):
+        for row in _as_far_as_it_goes(connection, f"{select} WHERE id = ?", [], charge_id):
             keep(row)
-    return rows, sorted((charge_id, state) for charge_id, state in known.items() if charge_id not in rows)
+    lost = sorted((charge_id, state) for charge_id, state in known.items() if charge_id not in rows)
+    return rows, lost, not (broken and unnamed)
 
 
-def _as_far_as_it_goes(connection: sqlite3.Connection, statement: str, *values: str) -> Iterator[tuple[Any, ...]]:
-    with contextlib.suppress(sqlite3.Error):
+def _as_far_as_it_goes(
+    connection: sqlite3.Connection, statement: str, errors: list[sqlite3.Error], *values: str
+) -> Iterator[tuple[Any, ...]]:
+    try:
         yield from connection.execute(statement, values)
+    except sqlite3.Error as error:
+        errors.append(error)
 
 
 def _write(path: Path, rows: dict[str, tuple[Any, ...]], realms: list[tuple[Any, ...]]) -> None:
@@ -134,10 +158,11 @@ _NUMBER = re.compile(r"charges-(\d+)\.")
 
 
 def main(arguments: list[str], write: Callable[[str], object] = sys.stdout.write) -> int:
-    """The command. Returns 1 where something is known to be lost."""
+    """The command. Returns 1 where something is lost, or may be."""
     try:
-        [name] = arguments
-        done = mend(Path(name))
+        if len(arguments) != 1:
+            raise ValueError("name one file")
+        done = mend(Path(arguments[0]))
     except (ValueError, OSError) as error:
         write(f"{error}\nusage: python -m metered_billing.journal.mend FILE\n")
         return 2
@@ -145,7 +170,12 @@ def main(arguments: list[str], write: Callable[[str], object] = sys.stdout.write
     write(".\n" if done.path is None else f"; they are in {done.path.name}, which the app adopts.\n")
     for charge_id, state in done.lost:
         write(f"charge {charge_id}, {state}: could not be read. Look for it in the service's transactions.\n")
-    return 1 if done.lost else 0
+    if not done.whole:
+        write(
+            "Not all of it could be read, and nothing tells what is missing: look for deductions of that time among the"
+            " service's transactions.\n"
+        )
+    return 1 if done.lost or not done.whole else 0
 
 
 if __name__ == "__main__":

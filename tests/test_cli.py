@@ -1,8 +1,10 @@
 """The command line, as people run it: what it prints, what it does, and how it ends."""
 
+import contextlib
 import json
 import re
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from metered_billing.cli import terminal
+from metered_billing.cli import source, terminal
 from metered_billing.ledger import postgres_books
 from metered_billing.schemas import Schema
 
@@ -176,7 +178,18 @@ class TestUsage:
             (["balance", "--tenant", "acme", "--credits", "ftp://x"], "not a ledger"),
             (["balance", "--tenant", "acme", "--credits", "postgresql://x?nonsense=1"], "a PostgreSQL database is"),
             (["balance", "--tenant", "acme", "--credits", "http://x:y"], "cannot be sent"),
-            (["balance", "--tenant", "acme", "--credits", "http://x", "--token", "é"], "cannot be sent"),
+            (["balance", "--tenant", "acme", "--credits", "http://x", "--token", "é"], "token must be visible ASCII"),
+            (["balance", "--tenant", "acme", "--credits", "http://127.0.0.1:99999"], "a port that there is not"),
+            (["grant", "--tenant", "a", "--reason", "x", "1", "--key", "", "--credits", "http://x"], "idempotency_key"),
+            (
+                ["grant", "--tenant", "a", "--reason", "x", "1", "--key", "ké", "--credits", "http://x"],
+                "idempotency_key",
+            ),
+            (["grant", "--tenant", "a", "--reason", "\udcff", "1", "--credits", "http://x"], "reason"),
+            (["migrate", "--database", "postgresq://u@h/x"], "--database: not a place"),
+            (["migrate", "--database", "POSTGRESQL:/u@h/x"], "--database: not a place"),
+            (["migrate", "--database", " "], "--database: not a place"),
+            (["migrate", "--journal", "mysql://x"], "--journal: not a place"),
             (["grant", "--tenant", "a\nb", "--reason", "x", "1", "--credits", "sqlite:///c.db"], "tenant_id"),
             (["grant", "--tenant", "acme", "--reason", "x", "0", "--credits", "sqlite:///c.db"], "amount"),
             (["grant", "--tenant", "acme", "--reason", "x", "1.5", "--credits", "sqlite:///c.db"], "amount"),
@@ -196,6 +209,63 @@ class TestUsage:
         assert sentence in done.err
         assert "Traceback" not in done.err
 
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "postgresql://u:pw/hunter2@127.0.0.1:1/x",
+            "postgresql://u:pw@hunter2@127.0.0.1:1/x",
+            "postgresql:/u:hunter2@127.0.0.1/x",
+            "Postgres:u:hunter2@127.0.0.1/x",
+        ],
+    )
+    @pytest.mark.parametrize(
+        "command",
+        [["balance", "--tenant", "x", "--credits"], ["migrate", "--database"], ["charges", "list", "--journal"]],
+    )
+    def test_password_that_spoils_its_url_is_shown_nowhere(self, run: Any, command: list[str], url: str) -> None:
+        """It is refused, and what it was read as is not told."""
+        done = run(*command, url)
+        assert (done.code, done.out) == (2, "")
+        assert "hunter2" not in done.err
+
+    def test_token_that_cannot_be_sent_is_not_shown(self, run: Any) -> None:
+        """A line break in it would be quoted by the HTTP client."""
+        done = run("balance", "--tenant", "acme", CREDITS="http://127.0.0.1:1", TOKEN="tok\nen-secret")
+        assert (done.code, "secret" in done.err, done.err.count("\n")) == (2, False, 1)
+
+    def test_answer_that_drips_is_given_up(self, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each read is in time, and the whole never ends: a cron job would hang for ever."""
+        monkeypatch.setattr(source, "TIMEOUT_S", 0.5)
+        stop = threading.Event()
+
+        class Dripping(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(200)
+                self.send_header("Content-Length", "1000000")
+                self.end_headers()
+                with contextlib.suppress(OSError):
+                    while not stop.wait(0.05):
+                        self.wfile.write(b" ")
+
+            def log_message(self, *_: object) -> None:
+                """Nobody reads it."""
+
+        with HTTPServer(("127.0.0.1", 0), Dripping) as server:
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+            done = run("balance", "--tenant", "acme", CREDITS=f"http://127.0.0.1:{server.server_port}")
+            stop.set()
+            server.shutdown()
+        assert (done.code, done.err.count("\n")) == (1, 1)
+        assert "No answer from" in done.err
+
+    def test_service_whose_port_is_taken_does_not_start(self, run: Any) -> None:
+        """Exit code 1: 3 would say that it was done, and found something."""
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            done = run("serve", "--port", str(taken.getsockname()[1]), TOKENS="t=*")
+        assert (done.code, "did not start" in done.err) == (1, True)
+
     @pytest.mark.parametrize("url", ["ftp://x", "postgresql://ann:hunter2@x?nonsense=1"])
     def test_serve_on_something_else(self, run: Any, url: str) -> None:
         """It says what it can serve on, and shows no password."""
@@ -212,7 +282,9 @@ class TestUsage:
         done = run("grant", "--tenant", "acme", "--reason", "x", "5", CREDITS=nobody)
         assert re.search(r"repeat it with --key cli-[-0-9a-f]{36}", done.err)
 
-    @pytest.mark.parametrize("content", [b"<html>", b"[]", b'{"hello": "world"}'])
+    @pytest.mark.parametrize(
+        "content", [b"<html>", b"[]", b'{"hello": "world"}', b'{"balance":"NaN","items":[{"id":1}]}']
+    )
     def test_something_else_than_a_service(self, run: Any, content: bytes) -> None:
         """A sentence, and no guess at what it means."""
 

@@ -9,6 +9,7 @@ mode may stand in between.
 
 import contextlib
 import os
+import re
 import socket
 import weakref
 from collections.abc import Callable, Mapping
@@ -240,6 +241,10 @@ def _parameters(url: str) -> dict[str, Any]:
         given = {}
     if not url.startswith(("postgresql://", "postgres://")) or not given:
         raise ValueError("a PostgreSQL database is named by postgresql://user@host:port/database")
+    # A password with a bare `@` or `/` ends up in what libpq takes for the host or the database, which texts show.
+    named = f"{given.get('host', '')}{given.get('hostaddr', '')}{given.get('dbname', '')}"
+    if "@" in named or not re.fullmatch(r"[0-9,]*", str(given.get("port", ""))):
+        raise ValueError("this PostgreSQL URL has a user or password with characters that must be percent-encoded")
     # A host that is gone without a word is noticed within half a minute.
     patience = {"connect_timeout": CONNECT_WITHIN_S, "keepalives_idle": 10, "keepalives_interval": 5}
     return patience | {"keepalives_count": 3, "tcp_user_timeout": int(STUCK_AFTER_S * 1000)} | given

@@ -70,11 +70,16 @@ def open_journal(place: str | Path, runtime: Runtime) -> Journal:
         from metered_billing.journal.postgres import PostgresJournal
 
         return PostgresJournal(place, runtime=runtime)
-    if "://" in place or not place:
+    if looks_like_a_url(place) or not place:
         raise ValueError(
             f"journal must be a directory, or a sqlite:///DIRECTORY or postgresql:// URL; this is {_kind(place)}"
         )
     return SqliteJournal(place, runtime=runtime)
+
+
+def looks_like_a_url(place: str) -> bool:
+    """Whether it was meant for one: with a slash too few it is no directory, and may hold a password."""
+    return "://" in place or place.lower().startswith(("postgres:", "postgresql:", "sqlite:", "http:", "https:"))
 
 
 def _kind(url: str) -> str:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ class TestList:
         ],
     )
     def test_options_narrow_it_down(self, run: Any, options: list[str], shown: list[Record], code: int) -> None:
-        """Exit code 3 where one of those shown is for somebody to see to."""
+        """Exit code 3 where one of those asked for is for somebody to see to."""
         kept(SETTLED, DECLINED, DISPUTED, OPENED)
         done = run("charges", "list", "--json", *options)
         assert done.code == code
@@ -151,6 +152,12 @@ class TestList:
         kept(SETTLED, DECLINED)
         assert "raise --limit" in run("charges", "list", "--limit", "1").out
         assert "raise --limit" not in run("charges", "list", "--limit", "2").out
+
+    def test_what_is_not_shown_is_judged_too(self, run: Any) -> None:
+        """Cron is told of a dispute, however many charges came after it."""
+        kept(DISPUTED, replace(SETTLED, id="later", opened_at=DISPUTED.opened_at + 60))
+        done = run("charges", "list", "--limit", "1")
+        assert (done.code, DISPUTED.id in done.out) == (3, False)
 
     def test_text_from_elsewhere_is_not_obeyed(self, run: Any) -> None:
         """Whatever an app put into a charge; and each charge is one line in a pipe."""

@@ -65,8 +65,16 @@ def list_charges(
     )
     now = time.time()
     with looking_into(journal) as reader:
-        found = list(islice(reader.charges(wanted), limit + 1))
-        charges, more = found[:limit], len(found) > limit
+        charges: list[Seen] = []
+        more = worrying = False
+        # All that matches is judged, however much of it is shown.
+        for seen in reader.charges(wanted):
+            worrying = worrying or bool(seen.worry(now))
+            more = len(charges) == limit
+            if not more:
+                charges.append(seen)
+            elif worrying:
+                break
         if as_json:
             terminal.say_json({"items": [_document(seen, now) for seen in charges], "more": more})
         elif charges:
@@ -74,7 +82,7 @@ def list_charges(
         else:
             terminal.say("no such charges" if wanted != Wanted() else "no charges")
         unusable = complain_of(reader)
-    if unusable or any(seen.worry(now) for seen in charges):
+    if unusable or worrying:
         raise typer.Exit(ATTENTION)
 
 

@@ -18,10 +18,12 @@ from metered_billing.cli.options import AnyUser, AsJson, CreditsUrl, Tenant, Tok
 from metered_billing.cli.reconcile import reconcile
 from metered_billing.cli.recover import recover
 from metered_billing.cli.source import Document, Source, open_source
-from metered_billing.ledger import Ledger, LedgerError
+from metered_billing.ledger import Grant, Ledger, LedgerError
 from metered_billing.ledger.store import MAX_PAGE
 from metered_billing.runtime import new_uuid7
 from metered_billing.service import InvalidTokens, Tokens, create_app
+
+_NO_SERVICE = "That is an answer, but not a credits service's."
 
 GRACE_S = 10
 """How long a stopping service waits for its last answers to go out."""
@@ -84,6 +86,8 @@ async def _serve(server: uvicorn.Server, ledger: Ledger) -> None:
         raise Failure(f"{error}.") from None
     try:
         await server.serve()
+    except SystemExit:  # uvicorn has said why
+        raise Failure("The service did not start.") from None
     finally:
         await ledger.close()
 
@@ -102,14 +106,19 @@ def grant(
     as_json: AsJson = False,
 ) -> None:
     """Put credits into an account."""
-    own_key = key or f"cli-{new_uuid7()}"
+    # Not `or`: an empty key comes of a variable that is not set, and would grant each time.
+    own_key = f"cli-{new_uuid7()}" if key is None else key
+    try:
+        command = Grant(idempotency_key=own_key, tenant_id=tenant, user_id=user, amount=amount, reason=reason)
+    except ValueError as error:
+        raise Failure(f"{error}.", 2) from None
     try:
         answer = _ask(
             credits_url,
             token,
-            lambda source: source.grant(tenant, user, amount, reason, own_key),
-            "amount",
-            "balance",
+            lambda source: source.grant(command),
+            amount=int,
+            balance=int,
         )
     except Failure as failure:
         if not failure.in_doubt:
@@ -132,7 +141,7 @@ def balance(
     as_json: AsJson = False,
 ) -> None:
     """Say what an account holds."""
-    answer = _ask(credits_url, token, lambda source: source.balance(tenant, user), "balance")
+    answer = _ask(credits_url, token, lambda source: source.balance(tenant, user), balance=int)
     if as_json:
         terminal.say_json(answer)
     else:
@@ -150,19 +159,21 @@ def transactions(
     as_json: AsJson = False,
 ) -> None:
     """List what moved, newest first, with the refunds below their deductions."""
-    page = _ask(credits_url, token, lambda source: source.transactions(tenant, user, limit), "items", "next_cursor")
+    page = _ask(credits_url, token, lambda source: source.transactions(tenant, user, limit), items=list)
+    if not all(isinstance(entry, dict) and entry.keys() >= terminal.SHOWN for entry in page["items"]):
+        raise Failure(_NO_SERVICE)
     if as_json:
         terminal.say_json(page)
     elif page["items"]:
-        terminal.show_transactions(page["items"], more=page["next_cursor"] is not None)
+        terminal.show_transactions(page["items"], more=page.get("next_cursor") is not None)
     else:
         terminal.say(f"{tenant}: no transactions")
 
 
 def _ask(
-    url: str | None, token: str | None, question: Callable[[Source], Awaitable[Document]], *members: str
+    url: str | None, token: str | None, question: Callable[[Source], Awaitable[Document]], **members: type
 ) -> Document:
-    """Put the question where the credits are; the answer has at least these members."""
+    """Put the question where the credits are; the answer has at least these members, of these types."""
     if not url:
         raise Failure("Say where the credits are: --credits URL, or METERED_BILLING_CREDITS.", 2)
 
@@ -171,6 +182,6 @@ def _ask(
             return await question(source)
 
     answer = asyncio.run(ask())
-    if not answer.keys() >= set(members):
-        raise Failure("That is an answer, but not a credits service's.")
+    if not all(isinstance(answer.get(name), kind) for name, kind in members.items()):
+        raise Failure(_NO_SERVICE)
     return answer

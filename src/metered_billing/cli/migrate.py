@@ -28,6 +28,8 @@ def migrate(
 
 def _bring_up_to_date(what: str, option: str, url: str) -> None:
     if not url.startswith(POSTGRES):
+        if not _in_files(what, url):
+            raise Failure(f"{option}: not a place that a {what} can be kept in; write postgresql://…", 2)
         terminal.say(f"{what}: not in PostgreSQL, so whoever opens it brings it up to date")
         return
     try:
@@ -49,6 +51,12 @@ def _bring_up_to_date(what: str, option: str, url: str) -> None:
         terminal.say(f"{what}: made, schema version {schema.version}")
     else:
         terminal.say(f"{what}: migrated from schema version {found} to {schema.version}")
+
+
+def _in_files(what: str, url: str) -> bool:
+    # A scheme that is misspelt must not pass for a directory: a deployment would go on as if it had been migrated.
+    named = url.startswith("sqlite:///")
+    return named if what == "ledger" else named or (bool(url.strip()) and ":" not in url)
 
 
 def _schema(what: str) -> Schema:

@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from metered_billing.cli.failure import Failure
 from metered_billing.journal.reading import JournalReader, SqliteReader
 from metered_billing.ledger.places import POSTGRES
-from metered_billing.settings import SQLITE, Settings
+from metered_billing.settings import SQLITE, Settings, looks_like_a_url
 
 ATTENTION = 3
 """The exit code of a command that did what it was asked for, and found what somebody has to see to."""
@@ -76,7 +76,7 @@ def open_reader(place: str) -> JournalReader:
         return _open_postgres(place)
     if place.startswith(SQLITE):
         place = unquote(place.removeprefix(SQLITE))
-    if "://" in place or not place:
+    if looks_like_a_url(place) or not place:
         raise Failure("--journal: a directory, or a sqlite:///DIRECTORY or postgresql:// URL.", 2)
     return SqliteReader(place)
 

@@ -207,7 +207,8 @@ def _say(watching: Watching, left: list[Seen], living: int, *, as_json: bool) ->
             f"{record.id}  {name_of(record.account)}  {record.state}  {in_words(record.amount_credits)}"
             f"  {record.tries:,} tries, {next_at}: {_why(watching, seen)}"
         )
-    terminal.say(f"Left: {len(left):,}. They stay in the journal." if left else "Nothing is left.")
+    nothing = "Nothing else is left." if watching.troubles else "Nothing is left."
+    terminal.say(f"Left: {len(left):,}. They stay in the journal." if left else nothing)
 
 
 def _why(watching: Watching, seen: Seen) -> str:

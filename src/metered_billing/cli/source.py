@@ -1,5 +1,6 @@
 """Where the commands find credits: a running service over HTTP, or a ledger that can be opened beside it."""
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
@@ -8,10 +9,12 @@ import httpx
 
 from metered_billing.cli.failure import Failure
 from metered_billing.credits.contract import segment
+from metered_billing.credits.http import checked_token
 from metered_billing.errors import TYPE_PREFIX
 from metered_billing.ledger import Grant, Ledger, LedgerError, LedgerNotOpened
 
 TIMEOUT_S = 10.0
+"""How long one call may take in all: httpx's own limit is for each read, and a dripping answer outlasts it."""
 
 NOT_FOUND = f"{TYPE_PREFIX}not-found"
 
@@ -21,7 +24,7 @@ Document = Mapping[str, Any]
 class Source(Protocol):
     """Each answers with the JSON of the credits API, or raises `Failure`."""
 
-    async def grant(self, tenant: str, user: str | None, amount: int, reason: str, key: str) -> Document: ...
+    async def grant(self, command: Grant) -> Document: ...
 
     async def balance(self, tenant: str, user: str | None) -> Document: ...
 
@@ -64,9 +67,15 @@ class _Service:
     def __init__(self, client: httpx.AsyncClient) -> None:
         self._client = client
 
-    async def grant(self, tenant: str, user: str | None, amount: int, reason: str, key: str) -> Document:
-        body = {"tenant_id": tenant, "user_id": user, "amount": amount, "reason": reason}
-        return await self._call("POST", "/v1/grants", json=body, headers={"Idempotency-Key": key})
+    async def grant(self, command: Grant) -> Document:
+        body = {
+            "tenant_id": command.tenant_id,
+            "user_id": command.user_id,
+            "amount": command.amount,
+            "reason": command.reason,
+        }
+        headers = {"Idempotency-Key": command.idempotency_key}
+        return await self._call("POST", "/v1/grants", json=body, headers=headers)
 
     async def balance(self, tenant: str, user: str | None) -> Document:
         return await self._call("GET", "/v1/balance", params=_params(tenant_id=tenant, user_id=user))
@@ -84,7 +93,10 @@ class _Service:
         base = self._client.base_url
         where = f"{base.scheme}://{base.netloc.decode()}"  # without a password, if the URL has one
         try:
-            response = await self._client.request(method, path, **content)
+            async with asyncio.timeout(TIMEOUT_S):
+                response = await self._client.request(method, path, **content)
+        except TimeoutError:
+            raise Failure(f"No answer from {where} within {TIMEOUT_S:.0f} s.", in_doubt=True) from None
         except httpx.TransportError as error:
             reason = str(error) or type(error).__name__
             raise Failure(f"No answer from {where}: {reason}.", in_doubt=True) from None
@@ -111,11 +123,7 @@ class _Ledger:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
 
-    async def grant(self, tenant: str, user: str | None, amount: int, reason: str, key: str) -> Document:
-        try:
-            command = Grant(idempotency_key=key, tenant_id=tenant, user_id=user, amount=amount, reason=reason)
-        except ValueError as error:
-            raise Failure(f"{error}.", 2) from None
+    async def grant(self, command: Grant) -> Document:
         answer = await self._ledger.grant(command)
         if not answer.done:
             raise Failure(str(answer.body["detail"]))
@@ -126,19 +134,24 @@ class _Ledger:
 
     async def transactions(self, tenant: str, user: str | None, limit: int, cursor: str | None = None) -> Document:
         page = await self._ledger.transactions(tenant, user, limit=limit, cursor=cursor)
-        return {"items": page.items, "next_cursor": page.next_cursor}
+        return {"items": list(page.items), "next_cursor": page.next_cursor}
 
     async def transaction(self, transaction_id: str) -> Document | None:
         return await self._ledger.transaction(transaction_id)
 
 
 def _client(url: str, token: str | None) -> httpx.AsyncClient:
-    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     try:
+        secret = checked_token(token)
+        if not 0 < (httpx.URL(url).port or 80) < 65_536:
+            raise ValueError("the URL has a port that there is not")
+        headers = {} if secret is None else {"Authorization": f"Bearer {secret.get_secret_value()}"}
         # Credits do not travel through whatever proxy the environment names.
         return httpx.AsyncClient(base_url=url, headers=headers, timeout=TIMEOUT_S, trust_env=False)
     except (httpx.InvalidURL, UnicodeEncodeError):
-        raise Failure("The URL or the token has characters that cannot be sent.", 2) from None
+        raise Failure("The URL has characters that cannot be sent.", 2) from None
+    except ValueError as error:
+        raise Failure(f"{error}.", 2) from None
 
 
 def _params(**values: str | int | None) -> dict[str, str | int]:

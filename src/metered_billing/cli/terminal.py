@@ -17,6 +17,9 @@ _STYLES = {"grant": "green", "deduction": "bold", "refund": "cyan", "void": "mag
 
 Entry = Mapping[str, Any]
 
+SHOWN = frozenset({"id", "kind", "transaction_id", "user_id", "amount", "balance", "created_at"})
+"""What an entry must have to be shown."""
+
 
 def clean(text: object) -> str:
     """Text from elsewhere, with every character that a terminal would obey replaced by a question mark."""

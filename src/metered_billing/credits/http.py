@@ -108,7 +108,7 @@ class HttpCredits:
         telemetry: Telemetry | None = None,
     ) -> None:
         self._url = _checked_url(url)
-        self._token = _checked_token(token)
+        self._token = checked_token(token)
         numbers = (timeout_s, attempt_timeout_s, attempts, breaker_failures, breaker_reset_s, max_connections)
         if not all(0 < number < math.inf for number in numbers):
             raise ValueError("timeouts, attempts, connections and the breaker's numbers must be above 0, and finite")
@@ -372,12 +372,19 @@ def _checked_url(url: str) -> httpx.URL:
         raise ValueError(f"the credits URL is not a URL: {error}") from None
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ValueError("the credits URL must start with http:// or https:// and name a host")
+    if parsed.port is not None and not 0 < parsed.port < 65_536:
+        raise ValueError("the credits URL has a port that there is not")
     if parsed.userinfo or parsed.fragment or b"?" in parsed.raw_path:
         raise ValueError("the credits URL must have no user, no query and no fragment: the token goes into `token`")
     return parsed
 
 
-def _checked_token(token: str | SecretStr | None) -> SecretStr | None:
+def checked_token(token: str | SecretStr | None) -> SecretStr | None:
+    """The token, if it can be sent.
+
+    Raises:
+        ValueError: It cannot; the text does not show it.
+    """
     if token is None:
         return None
     secret = token if isinstance(token, SecretStr) else SecretStr(token)

@@ -35,7 +35,7 @@ def sqlite_path(url: str | Path) -> Path:
     text = str(url)
     if text.startswith(_SQLITE):
         text = text.removeprefix(_SQLITE)
-    elif "://" in text or text.startswith(("sqlite:", "postgresql:", "postgres:")):
+    elif "://" in text or text.lower().startswith(("sqlite:", "postgresql:", "postgres:")):
         # Only the scheme: the rest may hold a password.
         raise ValueError(f"{text.split(':')[0]}: not a ledger; write sqlite:///credits.db or postgresql://…")
     if not text or ":memory:" in text or "?" in text or "\x00" in text:

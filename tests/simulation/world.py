@@ -24,6 +24,7 @@ from typing import Any
 
 import anyio.to_thread
 import httpx
+from opentelemetry.metrics import NoOpMeterProvider
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
@@ -807,7 +808,8 @@ class WatchedTelemetry(Telemetry):
     """Instead of logging, it tells the world."""
 
     def __init__(self, world: World, process: Process) -> None:
-        super().__init__(clock=world.loop.time)
+        # OpenTelemetry's global proxy keeps every instrument that was ever asked for, in case a provider comes.
+        super().__init__(meter_provider=NoOpMeterProvider(), clock=world.loop.time)
         self._world = world
         self._process = process
 

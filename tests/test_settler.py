@@ -1360,6 +1360,37 @@ def test_two_loops_in_two_threads_serve_at_once(tmp_path: Path) -> None:
     assert bank.balance == 1_000 - 3 * 10 * 7
 
 
+def test_pass_that_ends_leaves_another_under_way_counted(world: World) -> None:
+    """Two passes by hand: as long as one of them has a refund in flight, the settler is busy."""
+    real = world.bank.refund
+
+    async def slow(record: Record) -> Any:
+        await asyncio.sleep(3)
+        return await real(record)
+
+    world.bank.refund = slow  # type: ignore[method-assign]
+
+    async def main() -> None:
+        await world.biller.start()
+        await settled()
+        record = Record(
+            id="c1", account=ANN, amount_credits=1, units=1, opened_at=EPOCH, owner=world.inner.owner, due_at=EPOCH,
+            state=State.REFUNDING, transaction_id="tx-c1", refund_credits=1,
+        )  # fmt: skip
+        world.bank.take(record)
+        await world.inner.open(record)
+        first = asyncio.create_task(world.biller.recover())
+        await asyncio.sleep(1)
+        assert await world.biller.recover() == 0  # the first is seeing to it
+        busy = [world.biller._settler.busy]
+        assert await first == 1
+        busy.append(world.biller._settler.busy)
+        assert busy == [True, False]
+        await world.biller.drain(1.0)
+
+    world.run(main)
+
+
 def test_settled_waits_for_what_is_in_flight_and_for_nothing_else(world: World) -> None:
     """A refund that waits for its next attempt does not count; a recovery that has not looked yet does."""
     times: list[float] = []

@@ -38,7 +38,14 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 demo: $(VENV)/.demo ## Run the main job: a credits service, an app, real pictures (Ctrl-C stops it)
 	@$(BIN)/python -m examples.fastapi_app.run
 
+# One test watches the syncs to disk. Where it cannot be installed (no root), that one is skipped, and says so.
+define strace
+@command -v strace >/dev/null || { echo "· installing strace"; apt-get -qq update && apt-get -qq install -y strace; } >/dev/null 2>&1 \
+ || echo "· no strace here: the test of syncs to disk will be skipped"
+endef
+
 test: $(VENV)/.dev $(VENV)/.demo check ## All checks and all tests but the long simulations
+	$(call strace)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --cov --cov-report=term
 	@# Where money is decided, every branch has a test.
 	$(BIN)/coverage report --fail-under=100 --include='*/charge.py,*/outcomes/*,*/biller.py,*/settler.py,*/metered.py,*/middleware.py'

@@ -146,6 +146,7 @@ class Storm:
             await asyncio.to_thread(self._pg.stop, signal.SIGQUIT)
             await asyncio.sleep(self.random.uniform(0, 2))
             await asyncio.to_thread(self._pg.start)
+            await self.app.wait_until_up()
             await asyncio.sleep(1)
             self._database_down = False
             await asyncio.sleep(4)  # or hardly anything would be under way when the next one falls

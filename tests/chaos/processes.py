@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,12 +69,25 @@ class Process:
         self.kill()
 
     async def wait_until_up(self, within_s: float = 60.0) -> None:
-        async with httpx.AsyncClient(trust_env=False) as client, asyncio.timeout(within_s):
-            while True:
+        """Until it answers. One that has ended is started again, as an orchestrator would.
+
+        A worker that starts while PostgreSQL is down fails to, and uvicorn then ends all of the app.
+
+        Raises:
+            TimeoutError: It does not answer; the text ends with what it logged last.
+        """
+        deadline = time.monotonic() + within_s
+        async with httpx.AsyncClient(trust_env=False) as client:
+            while time.monotonic() < deadline:
+                if self._popen is None or self._popen.poll() is not None:
+                    self.kill()
+                    self.start()
                 with contextlib.suppress(httpx.TransportError):
                     if (await client.get(self._health)).is_success:
                         return
                 await asyncio.sleep(0.1)
+        logged = "\n".join(self._log.read_text().splitlines()[-30:])
+        raise TimeoutError(f"{self.name} does not answer within {within_s:.0f} s:\n{logged}")
 
 
 def a_service(name: str, database: str, directory: Path) -> Process:

@@ -385,6 +385,7 @@ def test_zero_differences_while_the_app_serves(run: Any, service: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover
 def test_20_000_charges_take_bounded_memory(run: Any) -> None:
     """Both sides stand on disk, and are read page by page."""
     count = 20_000

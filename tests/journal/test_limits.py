@@ -86,6 +86,7 @@ class Service:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")
+@pytest.mark.no_cover
 async def test_hundred_thousand_due_refunds_go_out_in_bounded_memory(fast: Path) -> None:
     """The longest due first; a request in their midst is served at once; afterwards the file is small again."""
     journal, service = journal_in(fast), Service()
@@ -224,6 +225,7 @@ class Timed(list[tuple[str, str]]):
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover
 def test_service_that_is_down_for_a_day_gets_every_refund_when_it_is_back(fast: Path) -> None:
     """Within the longest pause and a round; meanwhile it is asked ever more seldom, and the age is told."""
     world = World(fast)

@@ -238,6 +238,7 @@ async def test_reading_while_an_app_writes_sees_whole_records(tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover
 async def test_memory_is_bounded_by_a_page(tmp_path: Path) -> None:
     """50,000 charges are read in the memory of a few hundred."""
     journal = SqliteJournal(tmp_path)

@@ -12,6 +12,7 @@ from tests.simulation.world import run
 EVERYDAY = list(range(200))
 
 
+@pytest.mark.no_cover
 def test_everyday_seeds_keep_every_promise_and_leave_nothing_untried() -> None:
     """Every promise holds in each run; every fault has struck, and every row of the table of states has happened."""
     failed, coverage = run_all(EVERYDAY, 2)

@@ -15,6 +15,7 @@ _SLIPS = re.compile("TypeError|AttributeError|NameError|KeyError")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+@pytest.mark.no_cover
 def test_broken_variant_is_found(variant: Variant) -> None:
     """A source that breaks one rule breaks a promise within 1,000 seeds, and keeps it where it is whole."""
     with variant.patch():

@@ -19,7 +19,7 @@ endef
 
 # Two installations into one environment would get in each other's way.
 .NOTPARALLEL:
-.PHONY: demo test quick simulate chaos check mutants format clean help
+.PHONY: demo test quick simulate chaos check mutants pictures format clean help
 
 help: ## Say what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -38,14 +38,17 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 demo: $(VENV)/.demo ## Run the main job: a credits service, an app, real pictures (Ctrl-C stops it)
 	@$(BIN)/python -m examples.fastapi_app.run
 
-# One test watches the syncs to disk. Where it cannot be installed (no root), that one is skipped, and says so.
-define strace
-@command -v strace >/dev/null || { echo "· installing strace"; apt-get -qq update && apt-get -qq install -y strace; } >/dev/null 2>&1 \
- || echo "· no strace here: the test of syncs to disk will be skipped"
+# What some tests need that pip does not have. Where it cannot be installed (no root), they are skipped, and say so.
+# $(1): the command; $(2): Debian's packages.
+define debian
+@command -v $(1) >/dev/null || { echo "· installing $(1)"; { apt-get -qq update \
+ && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $(2); } >/dev/null 2>&1 \
+ || echo "· no $(1) here: the tests that need it will be skipped"; }
 endef
 
 test: $(VENV)/.dev $(VENV)/.demo check ## All checks and all tests but the long simulations
-	$(call strace)
+	$(call debian,strace,strace)
+	$(call debian,chromium,chromium fonts-dejavu-core)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --cov --cov-report=term
 	@# Where money is decided, every branch has a test.
 	$(BIN)/coverage report --fail-under=100 --include='*/charge.py,*/outcomes/*,*/biller.py,*/settler.py,*/metered.py,*/middleware.py'
@@ -73,6 +76,12 @@ check: $(VENV)/.dev ## Lint and types
 # Of a name: `make mutants MUTANTS=charge.py`.
 mutants: $(VENV)/.dev ## Change each line that decides about money, and see whether a test notices
 	$(BIN)/python -m tests.mutants $(MUTANTS)
+
+# In a font that is made for screens, where Debian has one.
+pictures: $(VENV)/.dev $(VENV)/.demo ## Take the pictures of README and docs anew, by the tests in the browser
+	$(call debian,chromium,chromium fonts-dejavu-core)
+	@fc-list | grep -qi inter || apt-get -qq install -y fonts-inter >/dev/null 2>&1 || echo "· no font Inter here: the pictures will look different"
+	$(BIN)/python -m pytest -q tests/browser --pictures docs/pictures
 
 format: $(VENV)/.dev ## Put the code in order
 	$(BIN)/ruff check --fix .

@@ -91,6 +91,10 @@ def pg_clean(pg_shared: str) -> str:
     return pg_shared
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--pictures", type=Path, default=None, help="where the browser puts its pictures of the demo")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow ones first, so that no worker begins one when the others are done."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -365,7 +365,7 @@ class World:
             new_id=self._new_id,
             executor=Inline,
         )
-        self.inner = SqliteJournal(self.directory / "journal", runtime=self.runtime)
+        self.inner = SqliteJournal(self.directory / "journal", runtime=self.runtime, telemetry=self.telemetry)
         self.journal = Shaky(self, self.inner)
         self.journal.outcomes = self.outcomes
         checked: Journal = self.journal
@@ -489,13 +489,17 @@ class World:
         if data is None:
             return {}
         return {
-            tuple(sorted((point.attributes or {}).items())): getattr(point, "value", None) or point
+            tuple(sorted((point.attributes or {}).items())): getattr(point, "value", point)
             for resource in data.resource_metrics
             for scope in resource.scope_metrics
             for metric in scope.metrics
             if metric.name == name
             for point in metric.data.data_points
         }
+
+    def counted(self, name: str) -> dict[Any, Any]:
+        """What a counter has counted, by the value of its one attribute."""
+        return {attributes[0][1]: value for attributes, value in self.metric(name).items() if value}
 
     def holds(self, granted: int = GRANTED) -> None:
         """The promises about money, exactly."""

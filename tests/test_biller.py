@@ -10,9 +10,9 @@ import pytest
 from metered_billing.biller import Charge
 from metered_billing.charge import Declined, Event, Record, Reported, Unknown
 from metered_billing.errors import BillingError, BillingMisconfigured, CreditsUnavailable, InsufficientCredits
+from metered_billing.names import SPAN_CHARGE, SPAN_DEDUCT, SPAN_REFUND
 from metered_billing.outcomes import Paid
 from metered_billing.settler import settled
-from metered_billing.telemetry import SPAN_CHARGE, SPAN_DEDUCT, SPAN_REFUND
 from tests.fakes import ANN, GRANTED, LOST, NOT_SENT, UNHEARD, UNREAD, Accident, Bank, Fault, World, striking
 
 
@@ -508,35 +508,64 @@ def test_operations_are_told(world: World, caplog: pytest.LogCaptureFixture) -> 
         ("metered_billing.outcome", "refunding"),
         ("metered_billing.outcomes_mismatch", "9 of 10"),
         ("metered_billing.transaction.id", charge.transaction_id),
+        ("metered_billing.reason", "failed items"),
+        ("metered_billing.items", ("a",)),
     }
-    moved = world.metric("metered_billing.credits")
-    assert {attributes[0][1]: value for attributes, value in moved.items()} == {
-        "deducted": 10,
-        "kept": 8,
-        "refunded": 2,
-    }
+    assert dict(deduct.attributes or {})["metered_billing.balance"] == GRANTED - 10
+    assert world.counted("metered_billing.credits") == {"deducted": 10, "kept": 8, "refunded": 2}
     events = [record.getMessage().split()[0] for record in caplog.records if record.name == "metered_billing"]
     assert events == ["credits.cost_computed", "credits.deducted", "credits.refunded", "charge.settled"]
 
 
 @pytest.mark.parametrize(
-    ("fault", "events", "outcome"),
+    ("fault", "events", "outcome", "reason"),
     [
-        (LOST, ["credits.unavailable", "credits.voided"], "CreditsUnavailable"),
-        (NOT_SENT, ["credits.unavailable", "charge.abandoned"], "CreditsUnavailable"),
-        (Fault(Declined(3)), ["credits.declined"], "InsufficientCredits"),
+        (LOST, ["credits.unavailable", "credits.voided"], "CreditsUnavailable", "silence"),
+        (NOT_SENT, ["credits.unavailable", "charge.abandoned"], "CreditsUnavailable", "no connection"),
+        (Fault(Declined(3)), ["credits.declined"], "InsufficientCredits", "insufficient credits"),
     ],
 )
 def test_refusals_are_told(
-    world: World, fault: Fault, events: list[str], outcome: str, caplog: pytest.LogCaptureFixture
+    world: World, fault: Fault, events: list[str], outcome: str, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each way not to run has its events, and a span with its error's type."""
+    """Each way not to run has its events, and a span with its error's type and what is known of why."""
     caplog.set_level("INFO", logger="metered_billing")
     refused(world, fault, BillingError)
     found = [record.getMessage().split()[0] for record in caplog.records if record.name == "metered_billing"]
     assert found == ["credits.cost_computed", *events]
-    (whole,) = world.spans(SPAN_CHARGE)
+    (whole,), (deduct,) = world.spans(SPAN_CHARGE), world.spans(SPAN_DEDUCT)
     assert dict(whole.attributes or {})["error.type"] == outcome
+    attributes = dict(deduct.attributes or {})
+    assert attributes["metered_billing.reason"] == deduct.status.description == reason
+    assert attributes.get("metered_billing.balance") == (3 if outcome == "InsufficientCredits" else None)
+
+
+@pytest.mark.parametrize(
+    ("accident", "error_type", "reason"),
+    [
+        (Accident("fail", "open…"), "journal", "journal: "),
+        (Accident("fail", "opened-deducted…"), "journal", "journal: "),
+        (Accident("lose", "opened-deducted…"), "ownership_lost", "another process has moved the charge"),
+        (Accident("raise", "deduct…"), "unknown", "RuntimeError while it was under way"),
+    ],
+)
+def test_trace_says_why_it_was_503(world: World, accident: Accident, error_type: str, reason: str) -> None:
+    """The deduction's span has the kind and the words."""
+
+    async def main() -> None:
+        with pytest.raises(CreditsUnavailable):
+            await world.serve()
+        await world.quiet()
+        await world.biller.drain(1.0)
+
+    with striking(world, accident):
+        world.run(main)
+    (deduct,) = world.spans(SPAN_DEDUCT)
+    attributes = dict(deduct.attributes or {})
+    assert attributes["error.type"] == error_type
+    assert str(attributes["metered_billing.reason"]).startswith(reason)
+    assert deduct.status.description == attributes["metered_billing.reason"]
+    world.holds()
 
 
 def test_untraced_charge_is_settled_too(world: World, caplog: pytest.LogCaptureFixture) -> None:

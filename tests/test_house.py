@@ -12,7 +12,7 @@ import metered_billing
 SOURCE = Path(metered_billing.__file__).parent
 
 FLOORS = [
-    {"charge", "runtime"},
+    {"charge", "runtime", "names"},
     {"commits", "errors", "outcomes", "explain", "reconcile", "choosing", "sqlite", "postgres", "schemas", "routes"},
     {"telemetry", "ledger", "journal", "credits"},
     {"settings", "loops", "settler", "problems", "conformance"},
@@ -33,7 +33,7 @@ APART = {
         "sqlite",
         "postgres",
         "ledger",
-        "telemetry",
+        "names",
         "service",
     }
 }

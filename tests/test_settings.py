@@ -62,20 +62,20 @@ def test_token_that_cannot_be_a_header_is_refused_without_showing_it() -> None:
 @pytest.mark.parametrize("place", ["dir", Path("dir"), "sqlite:///dir", "sqlite:////tmp/dir"])
 def test_journal_of_a_directory(place: str | Path) -> None:
     """A path or its URL; nothing is opened by that."""
-    assert isinstance(open_journal(place, Runtime()), SqliteJournal)
+    assert isinstance(open_journal(place, Runtime(), Telemetry()), SqliteJournal)
 
 
 @pytest.mark.parametrize("scheme", ["postgresql", "postgres"])
 def test_journal_of_a_database(scheme: str) -> None:
     """Its URL; nothing is connected by that."""
-    assert isinstance(open_journal(f"{scheme}://user:hunter2@host/db", Runtime()), PostgresJournal)
+    assert isinstance(open_journal(f"{scheme}://user:hunter2@host/db", Runtime(), Telemetry()), PostgresJournal)
 
 
 @pytest.mark.parametrize("place", ["", "redis://user:hunter2@host", "postgresql://user:hunter2@host/db?nonsense=1"])
 def test_journal_of_what_is_no_directory_is_refused_without_its_secrets(place: str) -> None:
     """Likewise."""
     with pytest.raises(ValueError) as error:
-        open_journal(place, Runtime())
+        open_journal(place, Runtime(), Telemetry())
     assert "hunter2" not in str(error.value)
 
 
@@ -95,10 +95,10 @@ def test_database_without_its_driver_says_what_to_install() -> None:
         from metered_billing.runtime import Runtime
         from metered_billing.settings import open_credits, open_journal
         from metered_billing.telemetry import Telemetry
-        open_journal("directory", Runtime())
+        open_journal("directory", Runtime(), Telemetry())
         open_credits("sqlite:///credits.db", None, Runtime(), Telemetry())
         for attempt in (
-            lambda url: open_journal(url, Runtime()),
+            lambda url: open_journal(url, Runtime(), Telemetry()),
             lambda url: open_credits(url, None, Runtime(), Telemetry()),
         ):
             try:

@@ -29,9 +29,9 @@ from metered_billing.errors import BillingError
 from metered_billing.journal import JournalError
 from metered_billing.journal.sqlite import SqliteJournal
 from metered_billing.loops import LoopTasks
+from metered_billing.names import ANOMALIES, SPAN_DEDUCT, SPAN_RECOVER, SPAN_REFUND, SPAN_VOID
 from metered_billing.outcomes import Paid
 from metered_billing.settler import settled
-from metered_billing.telemetry import SPAN_DEDUCT, SPAN_RECOVER, SPAN_REFUND, SPAN_VOID
 from tests.fakes import (
     ANN,
     EPOCH,
@@ -253,6 +253,62 @@ def test_refund_without_an_answer_says_so_in_its_span(world: World) -> None:
     assert (first["metered_billing.tries"], second["metered_billing.tries"]) == (1, 2)
     assert first["metered_billing.reason"] == second["metered_billing.reason"] == "failed items"
     assert (first["error.type"], second.get("error.type")) == ("unanswered", None)
+    (recover,) = world.spans(SPAN_RECOVER)
+    assert dict(recover.attributes or {})["metered_billing.charge.state"] == "refunding"
+
+
+def test_recovery_without_an_answer_says_so_in_its_span(world: World) -> None:
+    """With the state that the charge was found in, and why it is there still."""
+    world.bank.faults["refund"] = [LOST, NOT_SENT]
+    served(world)
+    first, second = world.spans(SPAN_RECOVER)
+    assert dict(first.attributes or {})["error.type"] == "unanswered"
+    assert first.status.description == "no connection"
+    assert dict(second.attributes or {}).get("error.type") is None
+
+
+def test_refund_span_names_the_first_failed_items(world: World) -> None:
+    """Twenty of them, so that no span is as long as a request."""
+    items = tuple(f"img-{n}" for n in range(30))
+
+    async def main() -> None:
+        await world.serve(50, Reported(20, items))
+        await world.serve(50, Reported(20, ()))
+        await world.quiet()
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    named, unnamed = (dict(span.attributes or {}) for span in world.spans(SPAN_REFUND))
+    assert named["metered_billing.items"] == items[:20]
+    assert "metered_billing.items" not in unnamed
+
+
+def test_rounds_of_recovery_are_counted_by_how_they_went(world: World) -> None:
+    """So that a process whose recovery has stopped, or fails each time, can be seen."""
+
+    async def main() -> None:
+        await world.biller.start()
+        await asyncio.sleep(25)
+        assert world.counted("metered_billing.recovery.rounds") == {"ok": 3}
+        world.kill()
+        await asyncio.sleep(10)
+        assert world.counted("metered_billing.recovery.rounds") == {"ok": 3, "failed": 1}
+        world.dead = False
+        await world.biller.drain(1.0)
+
+    world.run(main)
+
+
+def test_counters_begin_at_zero(world: World) -> None:
+    """Whoever scrapes them sees the first increase."""
+
+    async def main() -> None:
+        await world.biller.start()
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    assert set(world.metric("metered_billing.credits").values()) == {0}
+    assert len(world.metric("metered_billing.anomalies")) == len(ANOMALIES)
 
 
 def test_void_of_what_was_taken_is_counted(world: World, caplog: pytest.LogCaptureFixture) -> None:
@@ -260,8 +316,9 @@ def test_void_of_what_was_taken_is_counted(world: World, caplog: pytest.LogCaptu
     caplog.set_level("INFO", logger="metered_billing")
     world.bank.faults["deduct"] = [UNHEARD]
     served(world)
-    moved = world.metric("metered_billing.credits")
-    assert {attributes[0][1]: value for attributes, value in moved.items()} == {"voided": 10}
+    assert world.counted("metered_billing.credits") == {"voided": 10}
+    (void,) = world.spans(SPAN_VOID)
+    assert dict(void.attributes or {})["metered_billing.refunded"] == 10
     (told,) = [record for record in caplog.records if record.getMessage().startswith("credits.voided")]
     assert 'refunded=10 reason="silence"' in told.getMessage()
 
@@ -622,7 +679,7 @@ def test_unsettled_charges_are_measured(world: World) -> None:
         world.bank.always.clear()
         await world.quiet()
         await world.biller.recover()
-        assert world.metric("metered_billing.unsettled")[key].value == 0
+        assert world.metric("metered_billing.unsettled")[key] == 0
         await world.biller.drain(1.0)
 
     world.run(main)
@@ -1495,8 +1552,7 @@ def test_void_span_hangs_on_the_deduction(world: World) -> None:
     assert deduct.context is not None
     assert [link.context.span_id for link in void.links] == [deduct.context.span_id]
     assert dict(void.attributes or {})["metered_billing.tries"] == 1
-    moved = world.metric("metered_billing.credits")
-    assert {attributes[0][1]: value for attributes, value in moved.items()} == {"voided": 10}
+    assert world.counted("metered_billing.credits") == {"voided": 10}
 
 
 def test_bug_in_the_background_is_told_and_recovered(

@@ -16,8 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from structlog.testing import capture_logs
 
-from metered_billing import MeteredBillingMiddleware, metered, settled
-from metered_billing import telemetry as names
+from metered_billing import MeteredBillingMiddleware, metered, names, settled
 from metered_billing.telemetry import Telemetry
 from tests.stand import GRANTED, Connection, Stand, lifespan
 
@@ -75,6 +74,7 @@ async def test_charge_span_tells_the_whole_story(bench: Stand) -> None:
         names.REFUNDED: 2,
         names.OUTCOME: "refunding",
         names.TRANSACTION_ID: deduction["transaction_id"],
+        names.REASON: "failed items",
     }
 
 
@@ -118,6 +118,7 @@ async def test_metrics_count_credits_and_time_without_ids(bench: Stand) -> None:
         ("deducted",): 10,
         ("kept",): 8,
         ("refunded",): 2,
+        ("voided",): 0,
     }
     durations = data_points(bench, "metered_billing.operation.duration")
     assert {key: point.count for key, point in durations.items()} == {("deduct", "ok"): 1, ("refund", "ok"): 1}

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from opentelemetry.trace import Span
 
-from metered_billing import telemetry as names
+from metered_billing import names
 from metered_billing.charge import (
     Account,
     Declined,
@@ -32,7 +32,7 @@ from metered_billing.journal import Journal, JournalError
 from metered_billing.outcomes import Paid, Said
 from metered_billing.runtime import Runtime
 from metered_billing.settler import FIRST_BACKOFF_S, MAX_RETRY_AFTER_S, RECOVER_EVERY_S, Settler
-from metered_billing.telemetry import Telemetry, traceparent_of
+from metered_billing.telemetry import Operation, Telemetry, shown_items, traceparent_of
 
 T = TypeVar("T")
 
@@ -219,7 +219,7 @@ class Biller:
             except JournalError as error:
                 # It may be on record all the same: then recovery finds and voids it, which moves nothing.
                 self._settler.leave(record)
-                operation.failed("journal")
+                _say_why(operation, "journal", f"journal: {error}")
                 self._telemetry.log(names.LOG_JOURNAL_FAILED, record, exc_info=error)
                 raise CreditsUnavailable(1) from error
             try:
@@ -229,12 +229,15 @@ class Biller:
                 unknown = Unknown(f"{type(error).__name__} while it was under way")
                 self._settler.spawn(record.id, self._settler.follow(record, unknown))
                 if isinstance(error, Exception):
+                    _say_why(operation, "unknown", unknown.reason)
                     self._telemetry.log(names.LOG_UNAVAILABLE, record, exc_info=error)
                     raise CreditsUnavailable(1) from error
                 raise
             after = step(record, answer, now=self._runtime.now())
+            if isinstance(answer, Deducted | Declined) and answer.balance is not None:
+                operation.span.set_attribute(names.BALANCE, answer.balance)
             if not isinstance(answer, Deducted):
-                operation.failed(type(answer).__name__.lower(), after.reason)
+                _say_why(operation, type(answer).__name__.lower(), after.reason or "")
                 self._settler.spawn(record.id, self._settler.follow(record, answer))
                 raise self._refusal(after, answer)
             operation.span.set_attribute(names.TRANSACTION_ID, answer.transaction_id)
@@ -247,12 +250,12 @@ class Biller:
             except JournalError as error:
                 # On record it is still opened, so recovery voids it.
                 self._settler.leave(record)
-                operation.failed("journal")
+                _say_why(operation, "journal", f"journal: {error}")
                 self._telemetry.log(names.LOG_JOURNAL_FAILED, after, exc_info=error)
                 raise CreditsUnavailable(1) from error
             if not won:
                 self._settler.leave(record)
-                operation.failed("ownership_lost")
+                _say_why(operation, "ownership_lost", "another process has moved the charge")
                 self._telemetry.log(names.LOG_OWNERSHIP_LOST, after)
                 raise CreditsUnavailable(1)
             self._telemetry.moved("deducted", after.amount_credits)
@@ -365,7 +368,17 @@ class Biller:
                     names.TRANSACTION_ID: record.transaction_id or "",
                 }
             )
+            if record.reason is not None:
+                span.set_attribute(names.REASON, record.reason)
+            if record.refund_items:
+                span.set_attribute(names.ITEMS, shown_items(record))
             span.end()
+
+
+def _say_why(operation: Operation, error_type: str, reason: str) -> None:
+    """On the deduction's span: why the route does not run."""
+    operation.failed(error_type, reason)
+    operation.span.set_attribute(names.REASON, reason)
 
 
 def _seen(written: asyncio.Future[bool]) -> None:

@@ -9,6 +9,7 @@ What a transaction is, `sqlite` and `postgres` say.
 import asyncio
 import contextlib
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from metered_billing.runtime import Executor
 
 C = TypeVar("C")
 T = TypeVar("T")
+
+Committed = Callable[[int, float], None]
+"""Is told of a commit that was synced to disk: how many operations it carried, and how many seconds it took."""
 
 MAX_WAITING = 10_000
 """Operations that may wait for the thread; beyond it, a caller is refused rather than queued without end."""
@@ -54,11 +58,22 @@ class GroupCommit(Generic[C]):
     Args:
         name: Of the database, for errors.
         executor: The one thread. All of the database happens there.
+        committed: Told of each durable commit, in the thread.
+        clock: For how long they take, in seconds.
     """
 
-    def __init__(self, name: str, executor: Executor) -> None:
+    def __init__(
+        self,
+        name: str,
+        executor: Executor,
+        *,
+        committed: Committed | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._name = name
         self._executor = executor
+        self._committed = committed
+        self._clock = clock
         self._lock = threading.Lock()
         self._waiting: list[Waiting[C]] = []
         self._scheduled = False
@@ -172,6 +187,7 @@ class GroupCommit(Generic[C]):
             tell(loop, answers)
 
     def _commit(self, batch: list[Waiting[C]]) -> list[Outcome]:
+        began = self._clock()
         try:
             outcomes = self._transaction(batch)
         except (ConnectionLost, CommitUnknown) as error:
@@ -182,9 +198,16 @@ class GroupCommit(Generic[C]):
                 return [(None, _tellable(error))]
         else:
             self.commits += 1
+            self._tell_committed(batch, began)
             return outcomes
         # One of them spoiled the transaction: each for itself, so that its neighbours go through.
         return [self._commit([waiting])[0] for waiting in batch]
+
+    def _tell_committed(self, batch: list[Waiting[C]], began: float) -> None:
+        if self._committed is not None and any(waiting.durable for waiting in batch):
+            # Whoever waits for the commit must hear of it, whatever becomes of its measurement.
+            with contextlib.suppress(Exception):
+                self._committed(len(batch), self._clock() - began)
 
 
 def _tellable(error: BaseException) -> Exception:

@@ -12,7 +12,7 @@ from starlette.responses import FileResponse
 from starlette.types import Message
 from starlette.websockets import WebSocket
 
-from metered_billing import telemetry as names
+from metered_billing import names
 from metered_billing.biller import Charge
 from metered_billing.charge import MAX_AMOUNT, Account
 from metered_billing.choosing import Chooser, Offer, is_kind

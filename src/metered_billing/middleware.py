@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from metered_billing import telemetry as names
+from metered_billing import names
 from metered_billing.biller import Biller, Charge
 from metered_billing.charge import Event, Reported, Unread
 from metered_billing.credits import Credits
@@ -110,7 +110,7 @@ class MeteredBillingMiddleware:
             credits = open_credits(credits, settings.token, runtime, self.telemetry)  # noqa: A001
         journal = settings.journal if journal is None else journal
         if isinstance(journal, str | Path):
-            journal = open_journal(journal, runtime)
+            journal = open_journal(journal, runtime, self.telemetry)
         self.biller = Biller(credits, journal, runtime=runtime, telemetry=self.telemetry)
         self._checked = False
 

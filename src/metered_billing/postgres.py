@@ -23,7 +23,15 @@ except ImportError as error:  # it is not there, or finds no libpq
         f"PostgreSQL needs psycopg ({error}): pip install 'metered-billing[postgres]'", name=error.name
     ) from error
 
-from metered_billing.commits import CommitUnknown, ConnectionLost, GroupCommit, Outcome, StorageError, Waiting
+from metered_billing.commits import (
+    Committed,
+    CommitUnknown,
+    ConnectionLost,
+    GroupCommit,
+    Outcome,
+    StorageError,
+    Waiting,
+)
 from metered_billing.runtime import Runtime
 from metered_billing.schemas import Schema, prepare_postgres
 
@@ -77,19 +85,26 @@ class PostgresDatabase(GroupCommit[Connection]):
         url: `postgresql://user@host:port/database`, or whatever else libpq takes.
         schema: The tables' PostgreSQL schema, so that they are in nobody's way.
         application_name: What `pg_stat_activity` calls the connection.
+        committed: See `GroupCommit`.
 
     Raises:
         ValueError: It is no such URL; the text shows nothing of it.
     """
 
     def __init__(
-        self, url: str, runtime: Runtime, *, schema: str = "metered_billing", application_name: str = "metered-billing"
+        self,
+        url: str,
+        runtime: Runtime,
+        *,
+        schema: str = "metered_billing",
+        application_name: str = "metered-billing",
+        committed: Committed | None = None,
     ) -> None:
         self._parameters = _parameters(url) | {"application_name": application_name}
         if not schema.isidentifier() or not schema.isascii():
             raise ValueError("a PostgreSQL schema is named by letters, digits and underscores")
         self.place = place(self._parameters)
-        super().__init__(self.place, runtime.executor())
+        super().__init__(self.place, runtime.executor(), committed=committed, clock=runtime.monotonic)
         self._runtime = runtime
         self._schema = schema
         self._connection: Connection | None = None

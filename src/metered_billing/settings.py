@@ -47,14 +47,14 @@ def open_credits(url: str, token: SecretStr | None, runtime: Runtime, telemetry:
     if scheme in ("http", "https"):
         return HttpCredits(url, token=token, runtime=runtime, telemetry=telemetry)
     if url.startswith((SQLITE, *POSTGRES)):
-        return SqlCredits(url, runtime=runtime)
+        return SqlCredits(url, runtime=runtime, telemetry=telemetry)
     raise ValueError(
         "credits must be an http(s)://, sqlite:/// or postgresql:// URL, or a client such as HttpCredits; "
         f"this is {_kind(url)}"
     )
 
 
-def open_journal(place: str | Path, runtime: Runtime) -> Journal:
+def open_journal(place: str | Path, runtime: Runtime, telemetry: Telemetry) -> Journal:
     """The journal that a path or URL asks for; nothing is opened yet.
 
     Raises:
@@ -62,19 +62,19 @@ def open_journal(place: str | Path, runtime: Runtime) -> Journal:
         ImportError: PostgreSQL, without `metered-billing[postgres]`.
     """
     if isinstance(place, Path):
-        return SqliteJournal(place, runtime=runtime)
+        return SqliteJournal(place, runtime=runtime, telemetry=telemetry)
     if place.startswith(SQLITE):
-        return SqliteJournal(unquote(place.removeprefix(SQLITE)), runtime=runtime)
+        return SqliteJournal(unquote(place.removeprefix(SQLITE)), runtime=runtime, telemetry=telemetry)
     if place.startswith(POSTGRES):
         # Only here: it needs a driver that apps with a directory need not have.
         from metered_billing.journal.postgres import PostgresJournal
 
-        return PostgresJournal(place, runtime=runtime)
+        return PostgresJournal(place, runtime=runtime, telemetry=telemetry)
     if looks_like_a_url(place) or not place:
         raise ValueError(
             f"journal must be a directory, or a sqlite:///DIRECTORY or postgresql:// URL; this is {_kind(place)}"
         )
-    return SqliteJournal(place, runtime=runtime)
+    return SqliteJournal(place, runtime=runtime, telemetry=telemetry)
 
 
 def looks_like_a_url(place: str) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 
 from opentelemetry.trace import Span
 
-from metered_billing import telemetry as names
+from metered_billing import names
 from metered_billing.charge import (
     Declined,
     Deducted,
@@ -41,7 +41,7 @@ from metered_billing.credits import Credits
 from metered_billing.journal import Journal, JournalError
 from metered_billing.loops import LoopTasks
 from metered_billing.runtime import Runtime
-from metered_billing.telemetry import Telemetry
+from metered_billing.telemetry import Telemetry, shown_items
 
 RECOVER_EVERY_S = 10.0
 FIRST_BACKOFF_S = 1.0
@@ -115,6 +115,7 @@ class Settler:
             await self._close()
             raise
         self._started()
+        self._telemetry.start()
         if loop in self._loops:  # a concurrent first request was faster
             return
         for other in [other for other in list(self._loops) if other.is_closed()]:
@@ -232,12 +233,16 @@ class Settler:
             with self._telemetry.operation(name, record, parent=span, linked=True) as operation:
                 operation.span.set_attribute(names.TRIES, record.tries + 1)
                 operation.span.set_attribute(names.REASON, record.reason or "")
+                if record.refund_items:
+                    operation.span.set_attribute(names.ITEMS, shown_items(record))
                 answer = await self._ask(record)
                 if isinstance(answer, Unanswered):
                     operation.failed("unanswered", answer.reason)
                     await self._postpone(record, answer)
                     return answer
                 event, after = answer
+                if isinstance(event, Voided):
+                    operation.span.set_attribute(names.REFUNDED, event.refunded_credits)
                 if not await self._journal.write(record, after, durable=False):
                     operation.failed("ownership_lost")
                     self._telemetry.log(names.LOG_OWNERSHIP_LOST, record)
@@ -329,7 +334,7 @@ class Settler:
                 names.LOG_REFUNDED,
                 after,
                 refunded=after.refund_credits,
-                items=list(after.refund_items[:20]),
+                items=shown_items(after),
                 reason=after.reason,
                 refund_id=answer.refund_id,
             )
@@ -445,6 +450,7 @@ class Settler:
 
     async def _recover_one(self, record: Record) -> Unanswered | None:
         with self._telemetry.operation(names.SPAN_RECOVER, record, linked=True) as operation:
+            operation.span.set_attribute(names.CHARGE_STATE, str(record.state))
             event = orphaned(record)
             if event is not None:
                 after = step(record, event, now=self._runtime.now())
@@ -454,7 +460,10 @@ class Settler:
                     return None
                 self._telemetry.log(names.LOG_RECOVERED, after, found=str(record.state), state=str(after.state))
                 record = after
-            return await self.drive(record, None)
+            answer = await self.drive(record, None)
+            if answer is not None:
+                operation.failed("unanswered", answer.reason)
+            return answer
 
     async def _recover_for_ever(self, here: LoopTasks) -> None:
         looked_at = -math.inf
@@ -470,8 +479,10 @@ class Settler:
                     due = await self._journal.next_due(now)
                     if due is not None:
                         wait_s = min(due - self._runtime.now(), wait_s)
+                    self._telemetry.recovered("ok")
                 except Exception as error:
                     # The next round tries again.
+                    self._telemetry.recovered("failed")
                     event = names.LOG_JOURNAL_FAILED if isinstance(error, JournalError) else names.LOG_BUG
                     self._telemetry.log(event, exc_info=error, reason="recovery failed")
                 outages = 0 if reachable else outages + 1

@@ -7,11 +7,12 @@ and checkpoint a WAL file can corrupt it in SQLite before 3.51.3.
 import asyncio
 import contextlib
 import sqlite3
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from metered_billing.commits import GroupCommit, Outcome, StorageError, Waiting, tell
+from metered_billing.commits import Committed, GroupCommit, Outcome, StorageError, Waiting, tell
 from metered_billing.runtime import Executor, connect_sqlite
 
 T = TypeVar("T")
@@ -36,6 +37,7 @@ class SqliteFile(GroupCommit[sqlite3.Connection]):
         executor: The one thread. All of SQLite happens there.
         connect: Opens the file.
         shrinks: Lay a new file out so that `PRAGMA incremental_vacuum` can give free pages back to the disk.
+        committed, clock: See `GroupCommit`.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class SqliteFile(GroupCommit[sqlite3.Connection]):
         connect: Callable[[Path], sqlite3.Connection] = connect_sqlite,
         *,
         shrinks: bool = False,
+        committed: Committed | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(path.name, executor)
+        super().__init__(path.name, executor, committed=committed, clock=clock)
         self.path = path
         self._schema = schema
         self._connect = connect

@@ -1,4 +1,4 @@
-"""Every span, attribute, metric and log event that the library emits: the names, and how they are made.
+"""How every span, metric and log event of the library is made; what they are called, `names` says.
 
 The library uses the OpenTelemetry *API* and sets no provider: what is emitted goes wherever the app's SDK
 sends it, or nowhere. Logs go to structlog where the app has configured it, else to
@@ -22,76 +22,39 @@ from opentelemetry.metrics import MeterProvider
 from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode, TracerProvider
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from metered_billing.charge import Record
-
-SCOPE: Final = "metered_billing"
-
-# Spans.
-SPAN_CHARGE: Final = "metered_billing.charge"
-SPAN_DEDUCT: Final = "metered_billing.deduct"
-SPAN_REFUND: Final = "metered_billing.refund"
-SPAN_VOID: Final = "metered_billing.void"
-SPAN_RECOVER: Final = "metered_billing.recover"
-
-# Span attributes of ours; those of HTTP attempts are OpenTelemetry's own.
-CHARGE_ID: Final = "metered_billing.charge.id"
-CHARGE_STATE: Final = "metered_billing.charge.state"
-TENANT_ID: Final = "metered_billing.tenant.id"
-USER_ID: Final = "metered_billing.user.id"
-REQUEST_ID: Final = "metered_billing.request.id"
-TRANSACTION_ID: Final = "metered_billing.transaction.id"
-AMOUNT: Final = "metered_billing.amount"
-UNITS: Final = "metered_billing.units"
-KEPT: Final = "metered_billing.kept"
-REFUNDED: Final = "metered_billing.refunded"
-OUTCOME: Final = "metered_billing.outcome"
-REASON: Final = "metered_billing.reason"
-TRIES: Final = "metered_billing.tries"
-MISMATCH: Final = "metered_billing.outcomes_mismatch"
-UNREADABLE: Final = "metered_billing.outcomes_unreadable"
-ERROR_TYPE: Final = "error.type"
-
-# Metric attributes.
-OPERATION: Final = "metered_billing.operation"
-
-# Log events.
-LOG_COST_COMPUTED: Final = "credits.cost_computed"
-LOG_DEDUCTED: Final = "credits.deducted"
-LOG_DECLINED: Final = "credits.declined"
-LOG_UNAVAILABLE: Final = "credits.unavailable"
-LOG_REFUNDED: Final = "credits.refunded"
-LOG_VOIDED: Final = "credits.voided"
-LOG_POSTPONED: Final = "credits.postponed"
-LOG_REJECTED: Final = "credits.token_rejected"
-LOG_SETTLED: Final = "charge.settled"
-LOG_ABANDONED: Final = "charge.abandoned"
-LOG_DISPUTED: Final = "charge.disputed"
-LOG_RECOVERED: Final = "charge.recovered"
-LOG_OWNERSHIP_LOST: Final = "charge.ownership_lost"
-LOG_MISMATCH: Final = "charge.outcomes_mismatch"
-LOG_UNREADABLE: Final = "charge.outcomes_unreadable"
-LOG_READER_RAISED: Final = "charge.outcomes_raised"
-LOG_JOURNAL_FAILED: Final = "journal.failed"
-LOG_MISCONFIGURED: Final = "billing.misconfigured"
-LOG_BUG: Final = "billing.bug"
+from metered_billing import names
+from metered_billing.charge import FINAL, Record, State
+from metered_billing.commits import Committed
 
 _LEVELS: Final[Mapping[str, int]] = {
-    LOG_DECLINED: logging.WARNING,
-    LOG_UNAVAILABLE: logging.ERROR,
-    LOG_POSTPONED: logging.WARNING,
-    LOG_REJECTED: logging.CRITICAL,
-    LOG_DISPUTED: logging.ERROR,
-    LOG_OWNERSHIP_LOST: logging.WARNING,
-    LOG_MISMATCH: logging.WARNING,
-    LOG_UNREADABLE: logging.WARNING,
-    LOG_READER_RAISED: logging.ERROR,
-    LOG_JOURNAL_FAILED: logging.CRITICAL,
-    LOG_MISCONFIGURED: logging.ERROR,
-    LOG_BUG: logging.CRITICAL,
+    names.LOG_DECLINED: logging.WARNING,
+    names.LOG_UNAVAILABLE: logging.ERROR,
+    names.LOG_POSTPONED: logging.WARNING,
+    names.LOG_REJECTED: logging.CRITICAL,
+    names.LOG_DISPUTED: logging.ERROR,
+    names.LOG_OWNERSHIP_LOST: logging.WARNING,
+    names.LOG_MISMATCH: logging.WARNING,
+    names.LOG_UNREADABLE: logging.WARNING,
+    names.LOG_READER_RAISED: logging.ERROR,
+    names.LOG_JOURNAL_FAILED: logging.CRITICAL,
+    names.LOG_MISCONFIGURED: logging.ERROR,
+    names.LOG_BUG: logging.CRITICAL,
 }
 
+_NOT_FINAL: Final = tuple(str(state) for state in State if state not in FINAL)
+
+_GROUPS: Final[Mapping[str, str]] = {
+    "ConnectError": "notsent",
+    "ConnectTimeout": "notsent",
+    "PoolTimeout": "notsent",
+    "TimeoutError": "timeout",
+    "ReadTimeout": "timeout",
+    "WriteTimeout": "timeout",
+}
+"""What an attempt's `error.type` counts as in a metric."""
+
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
-_STDLIB: Final = logging.getLogger(SCOPE)
+_STDLIB: Final = logging.getLogger(names.SCOPE)
 
 
 class Telemetry:
@@ -110,38 +73,69 @@ class Telemetry:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.clock = clock
-        self._tracer = trace.get_tracer(SCOPE, tracer_provider=tracer_provider)
-        meter = metrics.get_meter(SCOPE, meter_provider=meter_provider)
+        self._tracer = trace.get_tracer(names.SCOPE, tracer_provider=tracer_provider)
+        meter = metrics.get_meter(names.SCOPE, meter_provider=meter_provider)
         self._durations = meter.create_histogram(
-            "metered_billing.operation.duration",
+            names.METRIC_DURATION,
             "s",
             "Time that a credit operation took",
+            explicit_bucket_boundaries_advisory=names.SECONDS,
         )
         self._credits = meter.create_counter(
-            "metered_billing.credits", "{credit}", "Credits deducted, kept, refunded and voided"
+            names.METRIC_CREDITS, "{credit}", "Credits deducted, kept, refunded and voided"
         )
         self._retries = meter.create_counter(
-            "metered_billing.retries", "{attempt}", "Attempts after the first, by operation"
+            names.METRIC_RETRIES, "{attempt}", "Attempts after the first, by operation"
         )
         self._anomalies = meter.create_counter(
-            "metered_billing.anomalies", "{charge}", "Charges that somebody should look at, by log event"
+            names.METRIC_ANOMALIES, "{event}", "What somebody should look at, by log event"
         )
-        self._breaker = meter.create_counter(
-            "metered_billing.breaker.changes", "{change}", "Changes of the circuit breaker, by new state"
+        self._breaker = meter.create_gauge(
+            names.METRIC_BREAKER_STATE, "", "The circuit breaker: 0 closed, 1 half-open, 2 open"
         )
-        self._unsettled = meter.create_gauge(
-            "metered_billing.unsettled", "{charge}", "Charges that are not final, by state"
+        self._breaker_changes = meter.create_counter(
+            names.METRIC_BREAKER_CHANGES, "{change}", "Changes of the circuit breaker, by new state"
         )
+        self._unsettled = meter.create_gauge(names.METRIC_UNSETTLED, "{charge}", "Charges that are not final, by state")
         self._oldest = meter.create_gauge(
-            "metered_billing.unsettled.age", "s", "Age of the oldest charge that is not final, by state"
+            names.METRIC_UNSETTLED_AGE, "s", "Age of the oldest charge that is not final, by state"
         )
-        self._seen_states: set[str] = set()
+        self._rounds = meter.create_counter(
+            names.METRIC_RECOVERY_ROUNDS, "{round}", "Times that recovery looked for what is due, by how it went"
+        )
+        self._commit_durations = meter.create_histogram(
+            names.METRIC_COMMIT_DURATION,
+            "s",
+            "Time that a commit took which was synced to disk",
+            explicit_bucket_boundaries_advisory=names.SECONDS,
+        )
+        self._commit_sizes = meter.create_histogram(
+            names.METRIC_COMMIT_SIZE,
+            "{operation}",
+            "Operations that such a commit carried",
+            explicit_bucket_boundaries_advisory=names.SIZES,
+        )
+
+    def start(self) -> None:
+        """Let every counter begin at 0, so that whoever scrapes them sees the first increase. May be called again.
+
+        Not at once: an app may set its provider after it has made its middleware.
+        """
+        for counter, attribute, values in (
+            (self._credits, names.KIND, names.KINDS),
+            (self._retries, names.OPERATION, names.RETRIED),
+            (self._anomalies, names.EVENT, names.ANOMALIES),
+            (self._breaker_changes, names.BREAKER_STATE, names.BREAKER_STATES),
+            (self._rounds, names.OUTCOME, names.ROUNDS),
+        ):
+            for value in values:
+                counter.add(0, {attribute: value})
 
     # Spans.
 
     def charge_span(self, record: Record) -> Span:
         """The span of a whole charge: begun here, ended by whoever puts its outcome on record."""
-        return self._tracer.start_span(SPAN_CHARGE, attributes=_attributes(record))
+        return self._tracer.start_span(names.SPAN_CHARGE, attributes=_attributes(record))
 
     def operation(
         self, name: str, record: Record | None, *, parent: Span | None = None, linked: bool = False
@@ -164,39 +158,62 @@ class Telemetry:
         )
         return Operation(span, name.rpartition(".")[2], self)
 
-    def attempt(self, method: str, server: str, port: int, resend: int, operation: str) -> "Operation":
-        """A client span for one HTTP attempt."""
+    def attempt(self, method: str, url: str, server: str, port: int, resend: int, operation: str) -> "Operation":
+        """A client span for one HTTP attempt.
+
+        Args:
+            url: Without its query.
+            resend: How many attempts there were before it.
+        """
         attributes: dict[str, str | int] = {
-            "http.request.method": method,
-            "server.address": server,
-            "server.port": port,
+            names.HTTP_METHOD: method,
+            names.URL_FULL: url,
+            names.SERVER_ADDRESS: server,
+            names.SERVER_PORT: port,
         }
         if resend:
-            attributes["http.request.resend_count"] = resend
-            self._retries.add(1, {OPERATION: operation})
+            attributes[names.HTTP_RESEND_COUNT] = resend
+            self._retries.add(1, {names.OPERATION: operation})
         span = self._tracer.start_span(method, kind=SpanKind.CLIENT, attributes=attributes)
         return Operation(span, "attempt", self)
 
     # Metrics.
 
     def measured(self, operation: str, outcome: str, duration_s: float) -> None:
-        self._durations.record(duration_s, {OPERATION: operation, OUTCOME: outcome})
+        self._durations.record(duration_s, {names.OPERATION: operation, names.OUTCOME: _grouped(outcome)})
 
     def moved(self, kind: str, amount: int) -> None:
         """Credits that were `deducted`, `kept`, `refunded` or `voided`."""
         if amount:
-            self._credits.add(amount, {"metered_billing.kind": kind})
+            self._credits.add(amount, {names.KIND: kind})
+
+    def breaker_is(self, state: str) -> None:
+        self._breaker.set(names.BREAKER_STATES.index(state))
 
     def breaker_changed(self, state: str) -> None:
-        self._breaker.add(1, {"metered_billing.breaker.state": state})
+        self._breaker_changes.add(1, {names.BREAKER_STATE: state})
+        self.breaker_is(state)
 
     def unsettled(self, states: Mapping[str, tuple[int, float]]) -> None:
         """How many charges are in each state, and the age of the oldest, in seconds."""
-        self._seen_states |= states.keys()
-        for state in self._seen_states:
+        for state in _NOT_FINAL:
             count, age_s = states.get(state, (0, 0.0))
-            self._unsettled.set(count, {CHARGE_STATE: state})
-            self._oldest.set(age_s, {CHARGE_STATE: state})
+            self._unsettled.set(count, {names.CHARGE_STATE: state})
+            self._oldest.set(age_s, {names.CHARGE_STATE: state})
+
+    def recovered(self, outcome: str) -> None:
+        """A round of recovery, `ok` or `failed`."""
+        self._rounds.add(1, {names.OUTCOME: outcome})
+
+    def committed(self, store: str) -> Committed:
+        """Whom a database tells of its commits: the `journal`'s, or the `ledger`'s."""
+        attributes = {names.STORE: store}
+
+        def measure(size: int, duration_s: float) -> None:
+            self._commit_sizes.record(size, attributes)
+            self._commit_durations.record(duration_s, attributes)
+
+        return measure
 
     # Logs.
 
@@ -226,8 +243,8 @@ class Telemetry:
         fields: dict[str, Any],
     ) -> None:
         level = _LEVELS.get(event, logging.INFO)
-        if event in (LOG_DISPUTED, LOG_MISMATCH, LOG_UNREADABLE, LOG_READER_RAISED, LOG_OWNERSHIP_LOST):
-            self._anomalies.add(1, {"metered_billing.event": event})
+        if event in names.ANOMALIES:
+            self._anomalies.add(1, {names.EVENT: event})
         structured = structlog.is_configured()
         if not structured and not _STDLIB.isEnabledFor(level):
             return
@@ -248,7 +265,7 @@ class Telemetry:
         if structured:
             if exc_info is not None:
                 fields["exc_info"] = exc_info
-            structlog.get_logger(SCOPE).log(level, event, **fields)
+            structlog.get_logger(names.SCOPE).log(level, event, **fields)
         else:
             # JSON keeps a line break in a value from starting a line of its own.
             values = " ".join(f"{key}={json.dumps(value, default=str)}" for key, value in fields.items())
@@ -284,14 +301,14 @@ class Operation:
             self.failed("cancelled")
         else:
             self.failed(type(error).__qualname__)
-        self.span.set_attribute(OUTCOME, self.outcome)
+        self.span.set_attribute(names.OUTCOME, self.outcome)
         self.span.end()
         self._telemetry.measured(self._name, self.outcome, self._telemetry.clock() - self._began)
 
     def failed(self, error_type: str, reason: str | None = None) -> None:
-        """Mark it as failed: `error_type` is of few kinds, `reason` is for reading."""
+        """Mark it as failed: `error_type` says as what, `reason` is for reading."""
         self.outcome = error_type
-        self.span.set_attribute(ERROR_TYPE, error_type)
+        self.span.set_attribute(names.ERROR_TYPE, error_type)
         self.span.set_status(Status(StatusCode.ERROR, reason))
 
 
@@ -307,19 +324,32 @@ def propagate(headers: dict[str, str]) -> None:
     _PROPAGATOR.inject(headers)
 
 
+def _grouped(outcome: str) -> str:
+    """The outcome as a metric has it, one of few: every status or exception would be a time series of its own."""
+    if outcome.isdigit():
+        outcome = f"{outcome[0]}xx"
+    outcome = _GROUPS.get(outcome, outcome)
+    return outcome if outcome in names.OUTCOMES else "error"
+
+
+def shown_items(record: Record) -> list[str]:
+    """The first of its failed items: enough to see what they are."""
+    return list(record.refund_items[: names.ITEMS_SHOWN])
+
+
 def _attributes(record: Record) -> dict[str, str | int]:
     attributes: dict[str, str | int] = {
-        CHARGE_ID: record.id,
-        TENANT_ID: record.account.tenant_id,
-        AMOUNT: record.amount_credits,
-        UNITS: record.units,
+        names.CHARGE_ID: record.id,
+        names.TENANT_ID: record.account.tenant_id,
+        names.AMOUNT: record.amount_credits,
+        names.UNITS: record.units,
     }
     if record.account.user_id is not None:
-        attributes[USER_ID] = record.account.user_id
+        attributes[names.USER_ID] = record.account.user_id
     if record.request_id is not None:
-        attributes[REQUEST_ID] = record.request_id
+        attributes[names.REQUEST_ID] = record.request_id
     if record.transaction_id is not None:
-        attributes[TRANSACTION_ID] = record.transaction_id
+        attributes[names.TRANSACTION_ID] = record.transaction_id
     if record.refund_credits:
-        attributes[REFUNDED] = record.refund_credits
+        attributes[names.REFUNDED] = record.refund_credits
     return attributes

@@ -1,19 +1,15 @@
 """The reference says what the code says: every name, every default, every row."""
 
 import inspect
-import logging
 import re
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
-from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
-from metered_billing import HttpCredits, MeteredBillingMiddleware, Settings, SqlCredits, metered, telemetry
+from metered_billing import HttpCredits, MeteredBillingMiddleware, Settings, SqlCredits, metered
 from metered_billing.charge import TRANSITIONS, Account, Record, State
 from metered_billing.cli.commands import app as command_line
 from metered_billing.conformance import CHECKS
@@ -112,74 +108,6 @@ def test_response_headers_are_on_the_page() -> None:
     assert {code(row[0])[0].lower() for row in rows} == sent
     example = (DOCS / "examples" / "cors.py").read_text(encoding="utf-8").lower()
     assert all(f'"{header}"' in example for header in sent)
-
-
-# telemetry.md
-
-TELEMETRY = REFERENCE / "telemetry.md"
-
-
-def constants(prefix: str) -> set[str]:
-    return {value for name, value in vars(telemetry).items() if name.startswith(prefix) and isinstance(value, str)}
-
-
-SOURCE = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(telemetry.__file__).parent.rglob("*.py")))
-
-# A name that nobody uses is not emitted, so it is not documented either.
-ATTRIBUTES = {
-    value
-    for name, value in vars(telemetry).items()
-    if name.isupper() and isinstance(value, str) and not name.startswith(("SPAN_", "LOG_", "_")) and name != "SCOPE"
-    if len(re.findall(rf"\b{name}\b", SOURCE)) > 1
-}
-FOR_METRICS = {telemetry.OPERATION, telemetry.CHARGE_STATE}
-
-
-def first_column(heading: str) -> list[str]:
-    return [code(row[0])[0] for row in table(Page(TELEMETRY), heading)]
-
-
-def test_spans_are_on_the_page() -> None:
-    """All names of ours, and HTTP attempts."""
-    assert set(first_column("Spans")) == constants("SPAN_")
-
-
-def test_span_attributes_are_on_the_page() -> None:
-    """All of them, and no others, but for those of metrics alone."""
-    shown = first_column("Span attributes")
-    assert len(shown) == len(set(shown))
-    assert {name for name in shown if not name.startswith(("http.", "server."))} == ATTRIBUTES - FOR_METRICS
-
-
-def test_log_events_are_on_the_page_with_their_levels() -> None:
-    """All of them, and no others."""
-    rows = table(Page(TELEMETRY), "Log events")
-    shown = {code(row[0])[0]: row[1] for row in rows}
-    assert shown == {
-        event: logging.getLevelName(telemetry._LEVELS.get(event, logging.INFO)).lower() for event in constants("LOG_")
-    }
-
-
-def test_metrics_are_on_the_page_with_units_and_attributes() -> None:
-    """As the meter makes them."""
-    reader = InMemoryMetricReader()
-    emitted = telemetry.Telemetry(meter_provider=MeterProvider([reader]))
-    emitted.measured("deduct", "ok", 0.1)
-    emitted.moved("deducted", 1)
-    emitted.breaker_changed("open")
-    emitted.unsettled({"voiding": (1, 1.0)})
-    emitted.log(telemetry.LOG_DISPUTED)
-    emitted.attempt("POST", "credits", 80, 1, "deduct")
-    data = reader.get_metrics_data()
-    assert data is not None
-    made = {
-        metric.name: (metric.unit, set(metric.data.data_points[0].attributes or ()))
-        for resource in data.resource_metrics
-        for scope in resource.scope_metrics
-        for metric in scope.metrics
-    }
-    rows = table(Page(TELEMETRY), "Metrics")
-    assert {code(row[0])[0]: (code(row[2])[0], set(code(row[3]))) for row in rows} == made
 
 
 # cli.md

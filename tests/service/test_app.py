@@ -13,9 +13,10 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from metered_billing import names
 from metered_billing.ledger import Ledger, LedgerLocked
 from metered_billing.ledger.books import SqliteBooks
-from metered_billing.service import InvalidTokens, Tokens, create_app, routes, spans
+from metered_billing.service import InvalidTokens, Tokens, create_app, routes
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 TRACEPARENT = f"00-{TRACE_ID}-00f067aa0ba902b7-01"
@@ -166,15 +167,16 @@ class TestSpans:
         assert first.name == "metered_billing.ledger.grant"
         assert trace_id(first) == TRACE_ID
         assert dict(first.attributes or {}) == {
-            spans.OPERATION: "grant",
-            spans.TENANT_ID: "acme",
-            spans.USER_ID: "alice",
-            spans.AMOUNT: 5,
-            spans.STATUS_CODE: 201,
-            spans.REPLAYED: False,
-            spans.TRANSACTION_ID: transaction,
+            names.OPERATION: "grant",
+            names.TENANT_ID: "acme",
+            names.USER_ID: "alice",
+            names.AMOUNT: 5,
+            names.STATUS_CODE: 201,
+            names.REPLAYED: False,
+            names.TRANSACTION_ID: transaction,
+            names.BALANCE: 5,
         }
-        assert (again.attributes or {})[spans.REPLAYED] is True
+        assert (again.attributes or {})[names.REPLAYED] is True
 
     async def test_operation_belongs_to_an_instrumented_servers_span(
         self, admin: httpx.AsyncClient, exported: InMemorySpanExporter

@@ -30,8 +30,7 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
-from metered_billing import HttpCredits, MeteredBillingMiddleware
-from metered_billing import telemetry as names
+from metered_billing import HttpCredits, MeteredBillingMiddleware, names
 from metered_billing.biller import JOURNAL_WITHIN_S, Biller
 from metered_billing.charge import FINAL, Record, State
 from metered_billing.credits.contract import Contract
@@ -753,8 +752,8 @@ def _is_dead(error: BaseException | None) -> bool:
 class WatchedJournal(SqliteJournal):
     """The real journal, and what it said of each write."""
 
-    def __init__(self, world: World, process: Process) -> None:
-        super().__init__(world.directory / "journal", runtime=process.runtime)
+    def __init__(self, world: World, process: Process, telemetry: Telemetry) -> None:
+        super().__init__(world.directory / "journal", runtime=process.runtime, telemetry=telemetry)
         self._world = world
 
     def open(self, record: Record) -> Awaitable[None]:
@@ -820,7 +819,7 @@ class WatchedTelemetry(Telemetry):
 def app_of(world: World, process: Process) -> Starlette:
     """A process's app: as a user writes it, but for what comes in from the world."""
     telemetry = WatchedTelemetry(world, process)
-    process.journal = WatchedJournal(world, process)
+    process.journal = WatchedJournal(world, process, telemetry)
     credits = HttpCredits(  # noqa: A001
         "http://credits",
         token="app",

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from opentelemetry.trace import Span
 
-from metered_billing import telemetry as names
+from metered_billing import names
 from metered_billing.charge import Record
 from metered_billing.cli import terminal
 from metered_billing.cli.charges import looking_into
@@ -82,7 +82,7 @@ def recover(
     watching, runtime = Watching(), Runtime()
     try:
         credits = open_credits(credits_url, secret(token), runtime, watching)  # noqa: A001 - the field's word
-        place = open_journal(journal, runtime)
+        place = open_journal(journal, runtime, watching)
     except ValueError as error:
         raise Failure(f"{error}.", 2) from None
     except ImportError as error:

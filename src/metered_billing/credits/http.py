@@ -18,7 +18,7 @@ import httpx
 import tenacity
 from pydantic import SecretStr
 
-from metered_billing import telemetry as names
+from metered_billing import names
 from metered_billing.charge import (
     DeductAnswer,
     FindAnswer,
@@ -36,7 +36,7 @@ from metered_billing.credits.breaker import Breaker, Open, RetryBudget
 from metered_billing.credits.connections import Connections, Lent, fetch
 from metered_billing.credits.contract import Call, Contract, Reply, read_json, retry_after_s
 from metered_billing.runtime import Runtime
-from metered_billing.telemetry import Telemetry
+from metered_billing.telemetry import Telemetry, propagate
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -145,7 +145,8 @@ class HttpCredits:
         return self._contract.remembers_declines
 
     async def start(self) -> None:
-        """Nothing to do: a service that is down must not keep the app from starting."""
+        """Asks nothing of the service: one that is down must not keep the app from starting."""
+        self._telemetry.breaker_is(self._breaker.state)
 
     async def deduct(self, record: Record) -> DeductAnswer:
         """Take the credits, in up to `attempts` attempts within `timeout_s`."""
@@ -278,8 +279,8 @@ class HttpCredits:
             headers["Idempotency-Key"] = call.key
         port = url.port or (443 if url.scheme == "https" else 80)
         connections = await self._connections()
-        with self._telemetry.attempt(call.method, url.host, port, resend, operation) as span:
-            names.propagate(headers)
+        with self._telemetry.attempt(call.method, str(url), url.host, port, resend, operation) as span:
+            propagate(headers)
             if self._token is not None:
                 headers["Authorization"] = f"Bearer {self._token.get_secret_value()}"
             try:
@@ -305,7 +306,7 @@ class HttpCredits:
                 # commits and then closes look the same.
                 span.failed(type(error).__name__)
                 return _Silence(type(error).__name__, sent=True)
-            span.span.set_attribute("http.response.status_code", status)
+            span.span.set_attribute(names.HTTP_STATUS_CODE, status)
             reply = Reply(status, reply_headers, read_json(received))
             if status >= 400:
                 span.failed(str(status))

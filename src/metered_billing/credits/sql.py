@@ -37,6 +37,7 @@ from metered_billing.ledger import (
 from metered_billing.ledger.answers import CHARGE_VOIDED, INSUFFICIENT_CREDITS
 from metered_billing.ledger.commands import MAX_ITEMS, MAX_REASON_LENGTH
 from metered_billing.runtime import Runtime
+from metered_billing.telemetry import Telemetry
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -56,8 +57,8 @@ class SqlCredits:
 
     remembers_declines = True
 
-    def __init__(self, url: str | Path, *, runtime: Runtime | None = None) -> None:
-        self.ledger = Ledger(url, runtime)
+    def __init__(self, url: str | Path, *, runtime: Runtime | None = None, telemetry: Telemetry | None = None) -> None:
+        self.ledger = Ledger(url, runtime, committed=(telemetry or Telemetry()).committed("ledger"))
 
     @property
     def realm(self) -> str:

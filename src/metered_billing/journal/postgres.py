@@ -27,6 +27,7 @@ from metered_billing.journal.lock import call_in_forked_child
 from metered_billing.postgres import Connection, DatabaseError, PostgresDatabase, first_line
 from metered_billing.runtime import Runtime
 from metered_billing.schemas import Schema, SchemaMismatch, prepare_postgres
+from metered_billing.telemetry import Telemetry
 
 T = TypeVar("T")
 
@@ -142,16 +143,19 @@ class PostgresJournal:
         ValueError: It is no such URL; the text shows nothing of it.
     """
 
-    def __init__(self, url: str, *, runtime: Runtime | None = None) -> None:
+    def __init__(self, url: str, *, runtime: Runtime | None = None, telemetry: Telemetry | None = None) -> None:
         self._url = url
         self._runtime = runtime or Runtime()
+        self._committed = (telemetry or Telemetry()).committed("journal")
         self._fresh: PostgresDatabase | None = self._database()
         self._unusable: dict[str, str] = {}
         self._vacate()
         call_in_forked_child(self)
 
     def _database(self) -> PostgresDatabase:
-        return PostgresDatabase(self._url, self._runtime, application_name="metered-billing journal")
+        return PostgresDatabase(
+            self._url, self._runtime, application_name="metered-billing journal", committed=self._committed
+        )
 
     def _vacate(self) -> None:
         self._mutex = threading.Lock()

@@ -24,6 +24,7 @@ from metered_billing.journal.lock import FileLock, call_in_forked_child
 from metered_billing.runtime import Executor, Runtime
 from metered_billing.schemas import Schema, SchemaMismatch, prepare_sqlite
 from metered_billing.sqlite import SqliteFile, is_corrupt
+from metered_billing.telemetry import Telemetry
 
 T = TypeVar("T")
 
@@ -77,9 +78,12 @@ class SqliteJournal:
         directory: Made where it is missing. Not on a network file system: `flock` must work.
     """
 
-    def __init__(self, directory: str | Path, *, runtime: Runtime | None = None) -> None:
+    def __init__(
+        self, directory: str | Path, *, runtime: Runtime | None = None, telemetry: Telemetry | None = None
+    ) -> None:
         self._directory = Path(directory)
         self._runtime = runtime or Runtime()
+        self._committed = (telemetry or Telemetry()).committed("journal")
         self._unusable: dict[str, str] = {}
         self._vacate()
         call_in_forked_child(self)
@@ -330,7 +334,15 @@ class SqliteJournal:
         except BaseException:
             lock.release()
             raise
-        file = SqliteFile(path, "", executor, self._runtime.connect, shrinks=True)
+        file = SqliteFile(
+            path,
+            "",
+            executor,
+            self._runtime.connect,
+            shrinks=True,
+            committed=self._committed,
+            clock=self._runtime.monotonic,
+        )
         return _Slot(path, lock, file, self._runtime.new_id())
 
     async def _take_over(self, slot: "_Slot", now: float | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from metered_billing.commits import Committed
 from metered_billing.ledger.engine import Engine
 from metered_billing.ledger.sqlite import SqliteEngine
 from metered_billing.runtime import Runtime
@@ -11,8 +12,11 @@ _SQLITE = "sqlite:///"
 POSTGRES = ("postgresql://", "postgres://")
 
 
-def open_engine(where: str | Path, runtime: Runtime) -> Engine:
+def open_engine(where: str | Path, runtime: Runtime, committed: Committed | None = None) -> Engine:
     """The engine that a URL or a path asks for; nothing is opened yet.
+
+    Args:
+        committed: Told of its commits.
 
     Raises:
         ValueError: It names no ledger.
@@ -22,8 +26,8 @@ def open_engine(where: str | Path, runtime: Runtime) -> Engine:
         # Only here: it needs a driver that a ledger in a file does without.
         from metered_billing.ledger.postgres import PostgresEngine
 
-        return PostgresEngine(where, runtime)
-    return SqliteEngine(sqlite_path(where), runtime)
+        return PostgresEngine(where, runtime, committed)
+    return SqliteEngine(sqlite_path(where), runtime, committed)
 
 
 def sqlite_path(url: str | Path) -> Path:

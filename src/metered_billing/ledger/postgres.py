@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from metered_billing.commits import CommitUnknown, StorageError, Waiting
+from metered_billing.commits import Committed, CommitUnknown, StorageError, Waiting
 from metered_billing.ledger.commands import Command
 from metered_billing.ledger.engine import Rows
 from metered_billing.ledger.failures import LedgerBusy, LedgerCorrupt, LedgerNotOpened, LedgerUnavailable
@@ -56,8 +56,8 @@ class PostgresEngine:
         ValueError: The URL is none of PostgreSQL's; the text shows nothing of it.
     """
 
-    def __init__(self, url: str, runtime: Runtime) -> None:
-        self._database = _Database(url, runtime, application_name="metered-billing ledger")
+    def __init__(self, url: str, runtime: Runtime, committed: Committed | None = None) -> None:
+        self._database = _Database(url, runtime, application_name="metered-billing ledger", committed=committed)
         self._prepared = False
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from metered_billing.commits import StorageError
+from metered_billing.commits import Committed, StorageError
 from metered_billing.ledger.books import SCHEMA, SqliteBooks
 from metered_billing.ledger.commands import Command
 from metered_billing.ledger.engine import Rows
@@ -24,11 +24,18 @@ class SqliteEngine:
 
     Args:
         file: Made where it is missing, in a directory that exists.
+        committed: Told of its commits.
     """
 
-    def __init__(self, file: Path, runtime: Runtime) -> None:
-        # Resolved, so that two names of one file meet at one lock.
-        self._file = SqliteFile(file.resolve(), "", runtime.executor(), runtime.connect)
+    def __init__(self, file: Path, runtime: Runtime, committed: Committed | None = None) -> None:
+        self._file = SqliteFile(
+            file.resolve(),  # so that two names of one file meet at one lock
+            "",
+            runtime.executor(),
+            runtime.connect,
+            committed=committed,
+            clock=runtime.monotonic,
+        )
         self._lock = OwnerLock(self._file.path)
         self._mutex = threading.Lock()
         self._calls = 0  # under way

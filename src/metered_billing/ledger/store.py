@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from metered_billing.commits import Committed
 from metered_billing.ledger.answers import Answer, Page
 from metered_billing.ledger.commands import Command, Deduct, Grant, Refund, Void
 from metered_billing.ledger.engine import Rows
@@ -27,6 +28,7 @@ class Ledger:
 
     Args:
         where: `sqlite:///relative.db`, `sqlite:////absolute.db`, `postgresql://…`, or a file's path.
+        committed: Told of its commits, for instance `Telemetry().committed("ledger")`.
 
     Raises:
         ValueError: It names none of these.
@@ -36,9 +38,11 @@ class Ledger:
     unknown what happened, and repeating them under the same key is always safe.
     """
 
-    def __init__(self, where: str | Path, runtime: Runtime | None = None) -> None:
+    def __init__(
+        self, where: str | Path, runtime: Runtime | None = None, *, committed: Committed | None = None
+    ) -> None:
         self._runtime = runtime or Runtime()
-        self._engine = open_engine(where, self._runtime)
+        self._engine = open_engine(where, self._runtime, committed)
 
     @property
     def place(self) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from metered_billing.ledger import Answer, Command, Ledger, LedgerError, Refund
 from metered_billing.service.bodies import Malformed, Operation
 from metered_billing.service.problems import forbidden, invalid, unanswered
-from metered_billing.service.spans import close_span, fail_span, open_span
+from metered_billing.service.spans import close_span, count_batch, fail_span, open_span
 from metered_billing.service.tokens import Access
 
 
@@ -14,6 +14,7 @@ async def perform_all(
     ledger: Ledger, access: Access, operations: Sequence[Operation | Malformed], headers: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     """The operations' results, in their order. What may not or cannot be done spoils nothing else."""
+    count_batch(len(operations))
     answers: list[Answer | None] = []
     commands: list[Command] = []
     spans = []

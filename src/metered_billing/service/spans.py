@@ -1,79 +1,131 @@
-"""The service's spans: one for each operation on the ledger, in the caller's trace.
+"""The service's spans and metrics: one for each operation on the ledger, in the caller's trace.
 
 The OpenTelemetry API only: without an SDK they cost next to nothing and go nowhere.
 """
 
+import asyncio
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
 
-from opentelemetry import trace
+from opentelemetry import metrics, trace
 from opentelemetry.context import Context
+from opentelemetry.metrics import MeterProvider
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from metered_billing.ledger import Answer, Command, Deduct, Grant, Refund, Void
+from metered_billing import names
+from metered_billing.ledger import Answer, Command, Deduct, Grant, LedgerCorrupt, LedgerUnavailable, Refund, Void
 
-TRACER = "metered_billing.service"
-
-SPAN_LEDGER = "metered_billing.ledger."
-"""Then the operation: `metered_billing.ledger.deduct`."""
-
-OPERATION = "metered_billing.operation"
-TENANT_ID = "metered_billing.tenant.id"
-USER_ID = "metered_billing.user.id"
-TRANSACTION_ID = "metered_billing.transaction.id"
-AMOUNT = "metered_billing.amount"
-STATUS_CODE = "metered_billing.status_code"
-REPLAYED = "metered_billing.replayed"
-ERROR_TYPE = "error.type"
-
-_OPERATIONS: Mapping[type[Command], str] = {
-    Deduct: "deduct",
-    Refund: "refund",
-    Void: "void",
-    Grant: "grant",
+_SPANS: Final[Mapping[type[Command], str]] = {
+    Deduct: names.SPAN_LEDGER_DEDUCT,
+    Refund: names.SPAN_LEDGER_REFUND,
+    Void: names.SPAN_LEDGER_VOID,
+    Grant: names.SPAN_LEDGER_GRANT,
 }
 
 _propagator = TraceContextTextMapPropagator()
 
 
-def open_span(command: Command, *carriers: Mapping[str, str]) -> Span:
-    """Begin the span of a command; `close_span` or `fail_span` ends it.
+class Instruments:
+    """What the service measures; OpenTelemetry's global provider by default, also one that is set later."""
+
+    def __init__(self, meter_provider: MeterProvider | None = None) -> None:
+        meter = metrics.get_meter(names.SERVICE_SCOPE, meter_provider=meter_provider)
+        self.durations = meter.create_histogram(
+            names.METRIC_LEDGER_DURATION,
+            "s",
+            "Time that the ledger took to answer",
+            explicit_bucket_boundaries_advisory=names.SECONDS,
+        )
+        self.batch_sizes = meter.create_histogram(
+            names.METRIC_LEDGER_BATCH_SIZE,
+            "{operation}",
+            "Operations that came in one batch",
+            explicit_bucket_boundaries_advisory=names.SIZES,
+        )
+
+
+# Once, and not for each app: OpenTelemetry keeps what it was asked for, for ever.
+INSTRUMENTS = Instruments()
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """A command under way; `close_span` or `fail_span` ends it."""
+
+    name: str
+    span: Span
+    began: float
+
+    def end(self, outcome: str) -> None:
+        self.span.end()
+        attributes = {names.OPERATION: self.name, names.OUTCOME: outcome}
+        INSTRUMENTS.durations.record(time.perf_counter() - self.began, attributes)
+
+
+def open_span(command: Command, *carriers: Mapping[str, str]) -> Operation:
+    """Begin the span of a command.
 
     Args:
         carriers: Where the caller's `traceparent` may stand, the most particular first: an operation of a
             batch, then the request's headers. What is no valid traceparent counts as none.
     """
-    operation = _OPERATIONS[type(command)]
-    attributes: dict[str, str | int] = {OPERATION: operation}
+    span_name = _SPANS[type(command)]
+    operation = span_name.rpartition(".")[2]
+    attributes: dict[str, str | int] = {names.OPERATION: operation}
     if isinstance(command, Refund):
-        attributes[TRANSACTION_ID] = command.transaction_id
+        attributes[names.TRANSACTION_ID] = command.transaction_id
     else:
-        attributes[TENANT_ID] = command.tenant_id
+        attributes[names.TENANT_ID] = command.tenant_id
         if command.user_id is not None:
-            attributes[USER_ID] = command.user_id
+            attributes[names.USER_ID] = command.user_id
     if not isinstance(command, Void):
-        attributes[AMOUNT] = command.amount
-    return trace.get_tracer(TRACER).start_span(
-        SPAN_LEDGER + operation, context=_parent(carriers), kind=SpanKind.INTERNAL, attributes=attributes
+        attributes[names.AMOUNT] = command.amount
+    span = trace.get_tracer(names.SERVICE_SCOPE).start_span(
+        span_name, context=_parent(carriers), kind=SpanKind.INTERNAL, attributes=attributes
     )
+    return Operation(operation, span, time.perf_counter())
 
 
-def close_span(span: Span, answer: Answer) -> None:
-    """End the span of a command that was answered. A refusal is an answer, not an error."""
-    span.set_attribute(STATUS_CODE, answer.status)
-    span.set_attribute(REPLAYED, answer.replayed)
-    if not answer.done:
-        span.set_attribute(ERROR_TYPE, answer.refusal or "refused")
-    elif "transaction_id" in answer.body:
-        span.set_attribute(TRANSACTION_ID, answer.body["transaction_id"])
-    span.end()
+def close_span(operation: Operation, answer: Answer) -> None:
+    """End a command that was answered. A refusal is an answer, not an error."""
+    span, refusal = operation.span, answer.refusal
+    span.set_attribute(names.STATUS_CODE, answer.status)
+    span.set_attribute(names.REPLAYED, answer.replayed)
+    if refusal is not None:
+        span.set_attribute(names.ERROR_TYPE, refusal)
+    for attribute, member in (
+        (names.TRANSACTION_ID, "transaction_id"),
+        (names.BALANCE, "balance"),
+        (names.REFUNDED, "refunded"),
+    ):
+        if member in answer.body:
+            span.set_attribute(attribute, answer.body[member])
+    operation.end(refusal or "ok")
 
 
-def fail_span(span: Span, error: BaseException) -> None:
-    """End the span of a command without an answer."""
-    span.set_attribute(ERROR_TYPE, type(error).__name__)
-    span.set_status(Status(StatusCode.ERROR, type(error).__name__))
-    span.end()
+def fail_span(operation: Operation, error: BaseException) -> None:
+    """End a command without an answer."""
+    name = "cancelled" if isinstance(error, asyncio.CancelledError) else type(error).__name__
+    operation.span.set_attribute(names.ERROR_TYPE, name)
+    operation.span.set_status(Status(StatusCode.ERROR, name))
+    operation.end(_kind_of(error))
+
+
+def count_batch(size: int) -> None:
+    """A batch of so many operations has come."""
+    INSTRUMENTS.batch_sizes.record(size)
+
+
+def _kind_of(error: BaseException) -> str:
+    """The error as a metric has it, one of few."""
+    if isinstance(error, LedgerUnavailable):
+        return "unavailable"
+    if isinstance(error, LedgerCorrupt):
+        return "corrupt"
+    return "cancelled" if isinstance(error, asyncio.CancelledError) else "error"
 
 
 def _parent(carriers: Sequence[Mapping[str, str]]) -> Context | None:

@@ -3,19 +3,21 @@
 `make demo` runs it beside a credits service. Everything about money is in the lines marked "billing".
 """
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
+from fastapi.responses import FileResponse, JSONResponse
 
 from metered_billing import Account, MeteredBillingMiddleware, metered
 
+from . import tracing
 from .models import Batch, BatchDone, CreateProducts, Product, ProductsCreated
+from .pages import add_pages, door_to_the_desk
 from .samples import sample_request
 from .studio import Studio
 from .users import CurrentUser, User
@@ -25,15 +27,17 @@ logging.basicConfig(level=logging.INFO)
 logging.getLogger("httpx").setLevel(logging.WARNING)
 
 studio = Studio.from_environment()
-page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+tracer_provider = tracing.set_up()
 
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Keep one connection pool to the credits service for `GET /me`."""
-    async with Wallet.open() as wallet:
-        app.state.wallet = wallet
+    """Keep a connection pool to the credits service for `GET /me`, and one to the desk."""
+    async with Wallet.open() as wallet, door_to_the_desk() as desk:
+        app.state.wallet, app.state.desk = wallet, desk
         yield
+    if tracer_provider is not None:
+        await asyncio.to_thread(tracer_provider.shutdown)
 
 
 def account_of(user: User) -> Account:
@@ -46,9 +50,16 @@ def one_credit_an_image(body: CreateProducts | Batch) -> dict[str, int]:
     return {image.id: 1 for image in body.images}
 
 
-app = FastAPI(title="Cut-outs", description="Backgrounds removed, one credit an image.", lifespan=lifespan)
+app = FastAPI(
+    title="Cut-outs",
+    description="Backgrounds removed, one credit an image.",
+    lifespan=lifespan,
+    telemetry={"exclude": tracing.is_quiet},
+)
 # Billing: the rest is from the environment: METERED_BILLING_CREDITS, METERED_BILLING_TOKEN, …_JOURNAL.
 app.add_middleware(MeteredBillingMiddleware, account=account_of)
+app.add_middleware(tracing.TellTraceId)
+add_pages(app)
 
 
 @app.post("/create-products", response_model_exclude_none=True)
@@ -93,13 +104,6 @@ async def me(user: CurrentUser, wallet: Annotated[Wallet, Depends(wallet_of)]) -
 async def samples() -> dict[str, Any]:
     """A body for `POST /create-products`: ten pictures, of which two are broken."""
     return sample_request()
-
-
-@app.get("/", response_class=HTMLResponse, include_in_schema=False)
-async def index() -> HTMLResponse:
-    """A page to try it on."""
-    policy = "default-src 'self'; img-src 'self' data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-    return HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
 
 @app.exception_handler(RequestValidationError)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import anyio
 import anyio.to_thread
+from opentelemetry import trace
+from opentelemetry.trace import Status, StatusCode
 
 from .cutout import Cutter, NotAnImage, cutter
 from .models import ImageIn, ImageOut
@@ -59,10 +61,30 @@ class Studio:
 
     async def _one(self, image: ImageIn) -> ImageOut:
         try:
-            name = await anyio.to_thread.run_sync(self._cut_and_keep, image.data, limiter=self._limiter)
+            # The context goes along into the thread, and with it the span that this one belongs under.
+            name = await anyio.to_thread.run_sync(self._traced, image, limiter=self._limiter)
         except NotAnImage as error:
             return ImageOut(id=image.id, status="failed", error=str(error))
         return ImageOut(id=image.id, status="succeeded", url=f"/images/{name}")
+
+    def _traced(self, image: ImageIn) -> str:
+        """The picture's work under a span of its own, which ends with it."""
+        with trace.get_tracer("cutouts").start_as_current_span(
+            "cut out",
+            attributes={"demo.image.id": image.id},
+            record_exception=False,
+            set_status_on_exception=False,
+        ) as span:
+            try:
+                name = self._cut_and_keep(image.data)
+            except Exception as error:
+                span.set_attributes({"demo.image.status": "failed", "demo.image.error": str(error)})
+                if not isinstance(error, NotAnImage):  # one picture that is none is nobody's error
+                    span.set_attribute("error.type", type(error).__qualname__)
+                    span.set_status(Status(StatusCode.ERROR))
+                raise
+            span.set_attribute("demo.image.status", "succeeded")
+            return name
 
     def _cut_and_keep(self, data: str) -> str:
         time.sleep(self._delay_s)

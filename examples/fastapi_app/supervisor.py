@@ -8,12 +8,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 Say = Callable[[str], None]
+Changed = Callable[["Process"], Awaitable[None]]
 
 STARTED_WITHIN_S = 60.0
 """A process that does not answer by then has failed to start. Generous: the box may be busy."""
@@ -45,6 +46,12 @@ class Process:
         port: Where it listens on 127.0.0.1.
         health: The path that answers 200 when it is up.
         folder: Where its files are.
+        without: Variables of our own environment that it does not get: those whose names begin so.
+
+    Attributes:
+        is_up: Whether it answered when it was last looked at, and has not been seen to end since.
+        restarts: How often it was started again.
+        last_end: How it ended the last time, in words.
     """
 
     name: str
@@ -53,6 +60,10 @@ class Process:
     port: int
     health: str
     folder: Path
+    without: str | None = None
+    is_up: bool = field(default=False, init=False)
+    restarts: int = field(default=0, init=False)
+    last_end: str | None = field(default=None, init=False)
     popen: subprocess.Popen[bytes] | None = field(default=None, init=False)
     started_at: float = field(default=0.0, init=False)
     quick_deaths: int = field(default=0, init=False)
@@ -71,10 +82,12 @@ class Process:
 
     def start(self) -> None:
         """Start it; returns before it is up."""
+        without = self.without
+        inherited = {name: value for name, value in os.environ.items() if not without or not name.startswith(without)}
         with self.log.open("ab") as log:
             self.popen = subprocess.Popen(
                 self.command,
-                env={**os.environ, **self.environment, "PYTHONUNBUFFERED": "1"},
+                env={**inherited, **self.environment, "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -110,6 +123,7 @@ class Process:
             if ended := self.ended():
                 raise CannotStart(f"The {self.name} process {ended}:\n{self.last_words()}")
             if await _answers(self.port, self.health):
+                self.is_up = True
                 return time.monotonic() - self.started_at
             await asyncio.sleep(_POLL_S)
         raise CannotStart(f"The {self.name} process does not answer:\n{self.last_words()}")
@@ -136,27 +150,39 @@ class Process:
         return "\n".join(f"    {line}" for line in lines[-15:])
 
 
-async def keep_running(processes: Sequence[Process], say: Say) -> None:
-    """Start whichever has died again, on the same files, until cancelled."""
+async def _unwatched(process: Process) -> None:
+    pass
+
+
+async def keep_running(processes: Sequence[Process], say: Say, changed: Changed = _unwatched) -> None:
+    """Start whichever has died again, on the same files, until cancelled.
+
+    Args:
+        changed: Told of each that has died, or is up again.
+    """
     async with asyncio.TaskGroup() as group:
         for process in processes:
-            group.create_task(_keep_running(process, say))
+            group.create_task(_keep_running(process, say, changed))
 
 
-async def _keep_running(process: Process, say: Say) -> None:
+async def _keep_running(process: Process, say: Say, changed: Changed) -> None:
     while True:
         await asyncio.sleep(_POLL_S)
         if (ended := process.ended()) is None:
             continue
+        process.is_up, process.last_end = False, ended
+        await changed(process)
         pause_s = process.pause_s()
         later = f" in {pause_s:g} s" if pause_s else ""
         say(f"· the {process.name} process {ended}; starting it again{later}, on the same files")
         await asyncio.sleep(pause_s)
+        process.restarts += 1
         process.start()
         try:
             await process.up()
         except CannotStart:
             continue  # it has died again, or will be seen to
+        await changed(process)
         say(f"· the {process.name} process is up again (pid {process.pid})")
 
 

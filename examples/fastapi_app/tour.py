@@ -83,7 +83,8 @@ def explain(app_port: int, credits_port: int, say: Say) -> None:
     """Say what to do next."""
     request = f"-H 'Content-Type: application/json' -d @.demo/request.json localhost:{app_port}/create-products"
     say("")
-    say(f"Open {_bold(f'http://localhost:{app_port}/')}, or in another shell, from this directory:")
+    say(f"Open {_bold(f'http://localhost:{app_port}/')}, and {_bold(f'http://localhost:{app_port}/traces')} for the")
+    say("traces of every request; or in another shell, from this directory:")
     say("")
     say("  # alice has 100 credits; 10 are deducted and 2 refunded, so 92 are left")
     say(f"  curl -s -i -H 'Authorization: Bearer demo' {request}")

@@ -122,6 +122,28 @@ class Demo:
             trust_env=False,
         )
 
+    def desk(self, path: str, body: object = None, **params: str | int) -> Any:
+        """Ask the desk, through the app, as the page does; a body is sent to a switch."""
+        answer = httpx.request(
+            "GET" if body is None else "POST",
+            f"http://127.0.0.1:{self.port}/desk/{path}",
+            params=params,
+            json=body,
+            headers={} if body is None else {"X-Demo": "1"},
+            timeout=30,
+            trust_env=False,
+        )
+        return answer.raise_for_status().json()
+
+    def breaks(self, kind: str, calls: str = "every") -> None:
+        """Break calls between app and service in this way."""
+        self.desk("fault", {"kind": kind, "calls": calls})
+
+    def trace(self, trace_id: str) -> Any:
+        """One trace, as far as it has arrived; None before that."""
+        answer = httpx.get(f"http://127.0.0.1:{self.port}/desk/traces/{trace_id}", trust_env=False)
+        return answer.json() if answer.status_code == 200 else None
+
     def sample(self) -> Any:
         """The sample request's body."""
         return json.loads((self.folder / ".demo" / "request.json").read_text())

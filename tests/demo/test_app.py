@@ -20,7 +20,7 @@ from examples.fastapi_app.wallet import Wallet
 from fastapi import FastAPI
 from PIL import Image
 
-from metered_billing import HttpCredits, settled
+from metered_billing import HttpCredits, MeteredBillingMiddleware, settled
 from metered_billing.ledger import Grant, Ledger
 from metered_billing.service import Tokens, create_app
 
@@ -98,7 +98,7 @@ async def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
         await ledger.grant(
             Grant(idempotency_key=user, tenant_id="demo", user_id=user, amount=amount, reason="to start with")
         )
-    (middleware,) = app.user_middleware
+    (middleware,) = (one for one in app.user_middleware if one.cls is MeteredBillingMiddleware)
     middleware.kwargs["credits"] = HttpCredits("http://credits", token="secret", transport=service)
     async with (
         lifespan_of(app),

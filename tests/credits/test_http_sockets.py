@@ -282,10 +282,11 @@ class TestConnecting:
         with pytest.raises(OSError, match="No such file"):
             client("https://127.0.0.1")
 
+    @pytest.mark.slow
     async def test_hang_in_the_tls_handshake(self) -> None:
         """Nor was anything sent to a server that never answers the greeting."""
         with socket.create_server(("127.0.0.1", 0)) as server:
-            credits_ = client(address(server, "https"), attempts=1, attempt_timeout_s=0.9)
+            credits_ = client(address(server, "https"), attempts=1, attempt_timeout_s=4)
 
             assert await credits_.deduct(record()) == NotSent("ConnectTimeout")
 

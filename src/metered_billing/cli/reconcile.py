@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from metered_billing.charge import Record
-from metered_billing.cli import terminal
+from metered_billing.cli import terminal, textfile
 from metered_billing.cli.charges import entries_of, looking_into
 from metered_billing.cli.failure import Failure
 from metered_billing.cli.options import ATTENTION, JOURNAL, AnyTenant, CreditsUrl, Journal, Since, Token, read_since
@@ -44,11 +45,15 @@ class Report:
     """What was compared, and what came of it.
 
     Attributes:
+        journal: Where it is, without a password.
+        began_at: When the comparison was begun.
         known_since: Since when every deduction has to be in the journal; None: it has no charges.
         others: Deductions of other apps or journals, counted only with `--shared`.
         attention: Charges for somebody to see to, and why.
     """
 
+    journal: str = ""
+    began_at: float = 0.0
     known_since: float | None = None
     tenants: int = 0
     charges: int = 0
@@ -83,6 +88,9 @@ def reconcile(
         bool,
         typer.Option("--shared", help="Other apps or journals charge these tenants too: count what is not ours."),
     ] = False,
+    metrics: Annotated[
+        Path | None, typer.Option(help="Write the numbers to this file, for Prometheus: a textfile collector's.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare the journal with the service's transactions, both ways. Moves nothing; the app may be serving."""
@@ -95,6 +103,9 @@ def reconcile(
         terminal.say_json(_document(report))
     else:
         _show(report)
+    # What was read in part only is no answer: then the file grows old, which shows.
+    if metrics is not None and not report.unusable:
+        textfile.write(metrics, report.journal, _numbers(report))
     if report.difference_count or report.attention_count or report.unusable:
         raise typer.Exit(ATTENTION)
 
@@ -102,10 +113,12 @@ def reconcile(
 async def _compare(
     journal: str, url: str, token: str | None, tenant: str | None, since: float | None, *, shared: bool
 ) -> Report:
-    report, now = Report(), time.time()
+    now = time.time()
+    report = Report(began_at=now)
     with Worksheet() as sheet:
         # The order is what makes it right while an app serves: see `metered_billing.reconcile`.
         with looking_into(journal) as reader:
+            report.journal = _whole(reader.place)
             complete = reader.complete_since(now - KEEP_S + MARGIN_S, KEEP_AT_MOST)
             # A journal that lost its disk has nothing; what to expect of it, only a person can say.
             bounds = [bound for bound in (complete, since) if bound is not None]
@@ -121,6 +134,11 @@ async def _compare(
         _look_for_unknown(sheet, journal, report, shared=shared)
         report.charges, report.entries = sheet.counts()
     return report
+
+
+def _whole(place: str) -> str:
+    """A directory as it is called from everywhere."""
+    return place if "://" in place else str(Path(place).absolute())
 
 
 def _note(report: Report, seen: Seen, now: float) -> None:
@@ -201,6 +219,16 @@ def _look_for_unknown(sheet: Worksheet, journal: str, report: Report, *, shared:
 
 
 # What is shown.
+
+
+def _numbers(report: Report) -> dict[str, float]:
+    return {
+        textfile.DIFFERENCES: report.difference_count,
+        textfile.ATTENTION: report.attention_count,
+        textfile.CHARGES: report.charges,
+        textfile.TRANSACTIONS: report.entries,
+        textfile.TIMESTAMP: round(report.began_at, 3),
+    }
 
 
 def _document(report: Report) -> dict[str, Any]:

@@ -41,11 +41,18 @@ class Books:
         url: The service's own, not the proxy's.
         token: An admin's.
         journal: The app's journal.
+        transport: Instead of the network.
     """
 
-    def __init__(self, url: str, token: str, journal: Path) -> None:
+    def __init__(
+        self, url: str, token: str, journal: Path, *, transport: httpx.AsyncBaseTransport | None = None
+    ) -> None:
         self._client = httpx.AsyncClient(
-            base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=TIMEOUT_S, trust_env=False
+            base_url=url,
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=TIMEOUT_S,
+            trust_env=False,
+            transport=transport,
         )
         self._journal = journal
         self._entries: list[Entry] = []

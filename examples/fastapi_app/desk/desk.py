@@ -14,17 +14,20 @@ import uvicorn
 
 from ..supervisor import Process
 from .books import Books
-from .collector import Collector, Trace
+from .collector import Collector
 from .faults import Calls, FaultyProxy, Kind
 from .forwarding import Forwarder
 from .otlp import decode, unpack
+from .reading import Reading
 from .routes import create_app
 from .spans import CREDITS, Span
-from .story import story
-from .traces import DEDUCT, ERROR, NOT_SENT, REFUND, VOID, Facts, summary, waterfall
+from .traces import DEDUCT, ERROR, NOT_SENT, REFUND, VOID
 
 MAX_KILLS = 16
 """How many may be waiting for their time."""
+
+ANSWER_FIRST_S = 0.1
+"""Before the app is killed, the answer to the one who asked for it goes out, through the app."""
 
 _OPERATIONS = frozenset({DEDUCT, REFUND, VOID})
 
@@ -57,10 +60,10 @@ class Desk:
 
     def __post_init__(self) -> None:
         self.collector = Collector()
+        self.reading = Reading(self.collector, self._running)
         self.proxy = FaultyProxy(self.service.port, self.holder)
         self.forwarder = Forwarder(self.environment)
         self.books = Books(f"http://127.0.0.1:{self.service.port}", self.admin_token, self.journal)
-        self._summaries: dict[str, tuple[object, dict[str, Any]]] = {}
         self._kills: set[asyncio.Task[None]] = set()
         self._serving: asyncio.Task[None] | None = None
         config = uvicorn.Config(
@@ -117,7 +120,11 @@ class Desk:
         self.collector.add(spans)
         self.forwarder.put(body, encoding)
         for span in spans:
-            if span.name in _OPERATIONS and span.start_ns >= self.proxy.fault.chosen_ns:
+            if (
+                span.name in _OPERATIONS
+                and self.proxy.fault.kind == "down"
+                and span.start_ns >= self.proxy.fault.chosen_ns
+            ):
                 await self.proxy.refused(self._refused_attempts(span))
 
     def _refused_attempts(self, operation: Span) -> int:
@@ -127,35 +134,6 @@ class Desk:
             for span in (trace.spans.values() if trace else ())
             if span.parent_id == operation.span_id and span.kind == "client" and span.get(ERROR) in NOT_SENT
         )
-
-    def summaries(self) -> list[dict[str, Any]]:
-        """All that are kept, the latest first."""
-        running = self._running()
-        current: dict[str, tuple[object, dict[str, Any]]] = {}
-        for trace in self.collector:
-            state = (trace.changed, running)
-            known = self._summaries.get(trace.trace_id)
-            if known is None or known[0] != state:
-                known = state, summary(self._facts(trace, running))
-            current[trace.trace_id] = known
-        self._summaries = current
-        return sorted((known for _, known in current.values()), key=lambda one: str(one["started_at"]), reverse=True)
-
-    def trace(self, trace_id: str) -> dict[str, Any] | None:
-        """One, whole; None where it is not here, or not any more."""
-        trace = self.collector.get(trace_id)
-        if trace is None:
-            return None
-        facts = self._facts(trace, self._running())
-        linked: dict[tuple[str, str], Span] = {}
-        for other_id, span_id in (link for span in facts.spans for link in span.links):
-            other = self.collector.get(other_id)
-            if other is not None and span_id in other.spans:
-                linked[other_id, span_id] = other.spans[span_id]
-        return {"summary": summary(facts), "story": story(facts), "spans": waterfall(facts, linked)}
-
-    def _facts(self, trace: Trace, running: frozenset[int]) -> Facts:
-        return Facts(trace.spans.values(), self.collector.linking(trace.trace_id), running)
 
     def _running(self) -> frozenset[int]:
         return frozenset(process.pid for process in self.processes if process.ended() is None)
@@ -177,7 +155,7 @@ class Desk:
         process = self.service if name == CREDITS else self.app
 
         async def kill() -> None:
-            await asyncio.sleep(after_ms / 1000)
+            await asyncio.sleep(max(after_ms / 1000, ANSWER_FIRST_S))
             if process.popen is not None and process.ended() is None:
                 process.popen.send_signal(signal.SIGKILL)
 

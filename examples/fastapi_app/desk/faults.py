@@ -106,6 +106,7 @@ class FaultyProxy:
             task.cancel()
         if self._calls:
             await asyncio.wait(self._calls)
+        await asyncio.sleep(0)  # what was cut is closed in the loop's next turn
 
     # One connection of the app's.
 

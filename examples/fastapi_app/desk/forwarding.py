@@ -16,6 +16,7 @@ MAX_BYTES = 16 << 20
 """What waits to be passed on; beyond it the oldest goes."""
 
 TIMEOUT_S = 5.0
+FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
 
 
@@ -24,9 +25,11 @@ class Forwarder:
 
     Args:
         environment: As the demo was started in.
+        transport: Instead of the network.
     """
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str], *, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        self._transport = transport
         self._endpoint = endpoint_in(environment)
         self._headers = headers_in(environment)
         self._waiting: deque[tuple[bytes, str]] = deque()
@@ -70,13 +73,13 @@ class Forwarder:
 
     async def _run(self, endpoint: str) -> None:
         pause_s = 0.0
-        async with httpx.AsyncClient(timeout=TIMEOUT_S) as client:
+        async with httpx.AsyncClient(timeout=TIMEOUT_S, transport=self._transport) as client:
             while True:
                 await self._news.wait()
                 while self._waiting:
                     body, encoding = self._waiting[0]
                     if not await self._send(client, endpoint, body, encoding):
-                        pause_s = min(max(1.0, pause_s * 2), LONGEST_PAUSE_S)
+                        pause_s = min(max(FIRST_PAUSE_S, pause_s * 2), LONGEST_PAUSE_S)
                         await asyncio.sleep(pause_s)
                         continue
                     pause_s = 0.0

@@ -117,7 +117,7 @@ async def _traces(request: Request) -> Response:
         await desk.collector.newer(_number(given, "since", 0), WAIT_S)
     # The version first: what arrives while this is put together is news.
     version = desk.collector.version
-    found = [one for one in desk.summaries() if _wanted(one, given, slow_ms)]
+    found = [one for one in desk.reading.summaries() if _wanted(one, given, slow_ms)]
     return JSONResponse(
         {
             "traces": found[:limit],
@@ -129,7 +129,7 @@ async def _traces(request: Request) -> Response:
 
 
 async def _trace(request: Request) -> Response:
-    found = _desk(request).trace(request.path_params["trace_id"].lower())
+    found = _desk(request).reading.trace(request.path_params["trace_id"].lower())
     if found is None:
         raise HTTPException(404, "There is no such trace here, or not any more.")
     return JSONResponse(found)

@@ -1,13 +1,13 @@
 """A trace's story: the questions that customers and people on call ask, answered from its spans alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .spans import Span
 from .traces import (
     AMOUNT,
     BALANCE,
-    CUT_OUT,
+    CHARGE_ID,
     ERROR,
     ITEMS,
     KEPT,
@@ -19,10 +19,15 @@ from .traces import (
     RECOVER,
     REFUND,
     REFUNDED,
+    REPLAYED,
+    REQUEST_ID,
     RESEND,
     STATE,
     STATUS,
+    TENANT_ID,
+    TRANSACTION_ID,
     TRIES,
+    USER_ID,
     VOID,
     Facts,
 )
@@ -36,6 +41,8 @@ WHY = "Why did it get {}?"
 LATER = "Was it settled by another process later?"
 BELONGS = "What does this belong to?"
 
+SHOWN_ITEMS = 20
+
 
 def story(facts: Facts) -> list[dict[str, str]]:
     """Questions and answers, in the order in which they are asked."""
@@ -43,8 +50,11 @@ def story(facts: Facts) -> list[dict[str, str]]:
 
 
 def _told(facts: Facts) -> Iterator[tuple[str, str]]:
-    if facts.charge is None and facts.deduct is None:
-        yield from _of_later_work(facts) if facts.recover or facts.refunds or facts.voids else _of_no_charge(facts)
+    if facts.charge is None and facts.deduct is None and not facts.later:
+        if facts.recover or facts.refunds or facts.voids:
+            yield from _of_later_work(facts)
+        else:
+            yield from _of_no_charge(facts)
         return
     yield COST, _cost(facts)
     yield FAILED, _failed(facts)
@@ -60,19 +70,14 @@ def _told(facts: Facts) -> Iterator[tuple[str, str]]:
 
 
 def _of_no_charge(facts: Facts) -> Iterator[tuple[str, str]]:
-    if facts.entry is None and not facts.ledger:
-        unknown = "Not known: "
-        yield (
-            COST,
-            unknown
-            + ("the process died before it said." if facts.died else "it is still running, and has not said yet."),
-        )
-        return
     grant = next((span for span in facts.ledger if span.name == LEDGER + "grant"), None)
     if grant is not None:
         yield COST, f"Nothing: it granted {_credits(grant.get(AMOUNT))} to {_account(facts)}."
-        return
-    yield COST, "Nothing: it was never charged."
+    elif facts.entry is None:
+        why = "its process died before it said." if facts.died else "it is still running, and has not said yet."
+        yield COST, f"Not known: {why}"
+    else:
+        yield COST, "Nothing: it was never charged."
     if facts.status is not None and facts.status >= 400:
         why = {
             401: "It came without a token that somebody has.",
@@ -82,17 +87,16 @@ def _of_no_charge(facts: Facts) -> Iterator[tuple[str, str]]:
 
 
 def _of_later_work(facts: Facts) -> Iterator[tuple[str, str]]:
-    first = facts.recover or (*facts.refunds, *facts.voids)[0]
-    request = facts.any_of(PREFIX + "request.id")
-    named = f", request {request}" if request else ""
+    request = facts.any_of(REQUEST_ID)
+    named = f" of request {request}" if request else ""
     yield (
         BELONGS,
-        f"Charge {facts.any_of(PREFIX + 'charge.id')}{named}: {_credits(facts.any_of(AMOUNT))}"
-        f" of {_account(facts)}. The link leads to its deduction.",
+        f"Charge {facts.any_of(CHARGE_ID)}{named}: {_credits(facts.any_of(AMOUNT))} of {_account(facts)}."
+        " The link leads to its deduction.",
     )
-    yield CAME_BACK, _later_work(list(_work(facts)), facts) or _unfinished(facts)
+    yield CAME_BACK, _came_of(_work(facts)) or "Nothing."
     yield RETRIED, _retried(facts)
-    yield LATER, f"Yes, by this one: {first.process}."
+    yield LATER, f"Yes, here: by {facts.own}{_found_in(_work(facts))}."
 
 
 # A request with a charge.
@@ -101,221 +105,209 @@ def _of_later_work(facts: Facts) -> Iterator[tuple[str, str]]:
 def _cost(facts: Facts) -> str:
     charge, amount = facts.charge, facts.any_of(AMOUNT)
     if charge is None:
-        if (done := _later_work(facts.later, facts)) is not None:
-            return f"Nothing. {_credits(amount)} were to be deducted before the work began; later: {done}"
-        return f"Not known yet: its price was {_credits(amount)}, and no outcome is on record."
+        if _is_back(facts.later):
+            return f"Nothing: its price was {_credits(amount)}. {_came_of(facts.later)}"
+        return f"Not known yet: its price is {_credits(amount)}, and no outcome is on record."
     outcome = charge.get(OUTCOME)
     if outcome == "not run":
-        if facts.deduct is not None and facts.deduct.get(OUTCOME) == "declined":
+        if _declined(facts):
             return f"Nothing: its price was {_credits(amount)}, and the account did not hold that."
-        return f"Nothing: its price was {_credits(amount)}, and the route did not run." + _undone(facts)
+        return f"Nothing: its price was {_credits(amount)}, and the route did not run."
     kept, refunded = int(charge.get(KEPT) or 0), int(charge.get(REFUNDED) or 0)
     if outcome == "disputed":
-        return f"{_credits(kept)}, for now: it is disputed, and a person has to look."
+        return f"{_credits(kept)} for now: it is disputed, and a person has to look."
     if outcome in ("journal", "ownership_lost"):
-        return f"Not known: its outcome could not be put on record. {_credits(amount)} were deducted."
-    if refunded == 0:
+        return f"Not known: {_credits(amount)} were deducted, and its outcome could not be put on record."
+    if not kept:
+        return f"Nothing: the {_credits(refunded)} that were deducted before the work began are given back."
+    if not refunded:
         return f"{_credits(kept)}, deducted before the work began. All of it succeeded."
     return f"{_credits(kept)}: {amount} deducted before the work began, {refunded} given back."
 
 
 def _failed(facts: Facts) -> str:
+    charge = facts.charge
+    if charge is not None and charge.get(OUTCOME) == "not run":
+        if _declined(facts):
+            return "Nothing broke: the account held too little."
+        return f"The deduction: {_silence(facts)}. So nothing of what was paid for was begun."
+    items = _failed_items(facts)
+    if charge is None and facts.died:
+        done = f" with {_count(len(facts.pictures), 'picture')} done" if facts.pictures else ""
+        return f"Its process: {facts.own} died before the answer{done}. What had not ended left no span."
+    if charge is None:
+        return f"So far: {items}." if items else "Nothing so far."
+    reason, refunded = charge.get(REASON), int(charge.get(REFUNDED) or 0)
+    if reason is None:
+        reason = next((span.get(REASON) for span in facts.refunds if span.get(REASON)), None)
+    if refunded and reason and reason != "failed items":
+        return f"All of it: {reason}." if not charge.get(KEPT) else f"{items or _credits(refunded)}: {reason}."
+    if items or refunded:
+        return f"{items or _credits(refunded) + ' worth of it'}."
+    return "Nothing."
+
+
+def _failed_items(facts: Facts) -> str:
+    """The failed items by name, with what was wrong with them where the app's spans tell."""
     pictures = {
         str(span.get("demo.image.id")): str(span.get("demo.image.error"))
         for span in facts.pictures
         if span.get("demo.image.status") == "failed"
     }
-    items = [str(item) for span in facts.refunds for item in span.get(ITEMS) or ()]
-    names = list(dict.fromkeys(items)) or list(pictures)
-    told = [f"{name} ({pictures[name]})" if pictures.get(name) else name for name in names]
-    reason = next((str(span.get(REASON)) for span in facts.refunds if span.get(REASON)), None)
-    if facts.charge is not None and facts.charge.get(OUTCOME) == "not run":
-        what = facts.deduct
-        if what is not None and what.get(OUTCOME) == "declined":
-            return "Nothing broke: the account held too little."
-        return f"The deduction: {_silence(facts)}. So nothing of what was paid for was begun."
-    if facts.charge is None and facts.died:
-        return f"The process: {_where_it_died(facts)}"
-    if facts.charge is None:
-        return "Nothing so far." if not told else f"So far: {', '.join(told)}."
-    parts = [", ".join(told)] if told else []
-    if reason and reason != "failed items":
-        parts.append(f"the whole request ({reason})")
-    refunded = int(facts.charge.get(REFUNDED) or 0)
-    if not parts and refunded:
-        parts.append(_credits(refunded) + " worth of it")
-    return f"{'; '.join(parts)}." if parts else "Nothing."
+    charged = [facts.charge, *facts.refunds]
+    named = [str(item) for span in charged if span is not None for item in span.get(ITEMS) or ()]
+    names = list(dict.fromkeys(named)) or list(pictures)
+    shown = [f"{name} ({pictures[name]})" if pictures.get(name) else name for name in names[:SHOWN_ITEMS]]
+    more = ["…"] if len(names) > SHOWN_ITEMS else []
+    return ", ".join(shown + more)
 
 
 def _came_back(facts: Facts) -> str:
     charge = facts.charge
-    done = [text for text in map(_refund, facts.refunds) if text]
     if charge is not None and charge.get(OUTCOME) == "not run":
-        if facts.deduct is not None and facts.deduct.get(OUTCOME) == "declined":
-            return "Nothing had been taken."
-        later = _later_work(_work(facts), facts)
-        if later is None and _nothing_sent(facts):
-            return "Nothing had been taken: no attempt ever reached the service."
-        return later or "Not yet: the deduction is to be voided, as soon as the service answers."
-    later = _later_work(facts.later, facts)
-    if done or later:
-        return " ".join([*done, *([later] if later else [])])
+        if _declined(facts):
+            return "Nothing: nothing had been taken."
+        if _nothing_sent(facts):
+            return "Nothing: no attempt ever reached the service, so nothing had been taken."
+        return _came_of(_work(facts)) or "Not known yet: the deduction is to be voided, as soon as the service answers."
+    if told := _came_of(_work(facts)):
+        return told
     if charge is None:
-        return _unfinished(facts)
+        if facts.died:
+            return "Nothing yet: the charge is on record in the journal, and the next process gives it back."
+        return "Nothing yet: it is still running."
     if not int(charge.get(REFUNDED) or 0):
         return "Nothing: there was nothing to give back."
-    return (
-        f"{_credits(charge.get(REFUNDED))} are due back, and on record in the journal; the refund is not through yet."
-    )
-
-
-def _refund(span: Span) -> str | None:
-    if span.get(OUTCOME) == "ok":
-        reason = span.get(REASON)
-        why = f" ({reason})" if reason and reason != "failed items" else ""
-        return f"{_credits(span.get(REFUNDED))}, against the same transaction{why}."
-    if span.get(OUTCOME) == "unanswered":
-        return f"Attempt {span.get(TRIES) or 1} at the refund got no answer ({span.message}); it is on record."
-    return f"The refund ended as {span.get(OUTCOME)}: {span.message}." if span.get(OUTCOME) else None
+    return f"Nothing yet: {_credits(charge.get(REFUNDED))} to come, on record in the journal."
 
 
 def _retried(facts: Facts) -> str:
     attempts = facts.attempts_of(facts.deduct)
-    asked_again = any(span.get(RESEND) for span in attempts)
-    replayed = [span for span in facts.ledger if span.get(PREFIX + "replayed")]
-    parts = []
-    if asked_again:
+    parts: list[str] = []
+    if any(span.get(RESEND) for span in attempts):
         parts.append(f"Yes: {len(attempts)} attempts at the deduction, under one key ({_each(attempts)}).")
-    for span in (*facts.refunds, *facts.voids):
-        tries = int(span.get(TRIES) or 1)
+    for name in (REFUND, VOID):
+        tries = max((int(span.get(TRIES) or 1) for span in _work(facts) if span.name == name), default=1)
         if tries > 1:
-            parts.append(f"{'Yes: a' if not parts else 'A'}ttempt {tries} at the {span.name.removeprefix(PREFIX)}.")
-    parts += [
-        f"The {name} was asked for more than once under the same key, and took effect once."
-        for name in dict.fromkeys(span.name.removeprefix(LEDGER) for span in replayed)
-    ]
-    if parts:
-        return " ".join(parts)
-    return "No: one attempt was enough." if facts.attempts else "No."
+            parts.append(f"{'The' if parts else 'Yes: the'} {name.removeprefix(PREFIX)} took {tries} attempts so far.")
+    for name in dict.fromkeys(span.name for span in facts.ledger if span.get(REPLAYED)):
+        asked = sum(1 for span in facts.ledger if span.name == name)
+        what = name.removeprefix(LEDGER)
+        parts.append(f"The service was asked for this {what} {_times(asked)} under the same key, and did it once.")
+    return " ".join(parts) if parts else "No."
 
 
 def _whom(facts: Facts) -> str:
-    transaction = facts.any_of(PREFIX + "transaction.id")
-    request = facts.any_of(PREFIX + "request.id")
-    told = f"{_account(facts)}, {f'as transaction {transaction}' if transaction else 'without a transaction'}"
-    return f"{told}; request {request}." if request else f"{told}."
+    transaction, request = facts.any_of(TRANSACTION_ID), facts.any_of(REQUEST_ID)
+    named = f"transaction {transaction}" if transaction else "no transaction is known"
+    return f"{_account(facts)}; {named}; request {request}." if request else f"{_account(facts)}; {named}."
 
 
 def _why(facts: Facts) -> str:
     deduct, status = facts.deduct, facts.status
-    price = _credits(facts.any_of(AMOUNT))
     if status == 402:
         balance = deduct.get(BALANCE) if deduct is not None else None
         held = f"the account held {balance}" if balance is not None else "the account held less"
-        return f"It costs {price}, and {held}. Nothing was taken, and nothing ran."
+        return f"It costs {_credits(facts.any_of(AMOUNT))}, and {held}. Nothing was taken, and nothing ran."
     if deduct is not None and deduct.get(OUTCOME) not in (None, "ok"):
         return f"The deduction was not confirmed: {_silence(facts)}. Nothing ran."
-    if facts.charge is not None and facts.charge.get(OUTCOME) == "not run":
-        return "Its deduction could not be put on record here. Nothing ran."
     raised = facts.entry.get(ERROR) if facts.entry is not None else None
-    if status is not None and status >= 500:
-        return f"The route raised {raised}." if raised and not str(raised).isdecimal() else "The route answered that."
-    return "The route answered that."
+    if status is not None and status >= 500 and raised and not str(raised).isdecimal():
+        return f"The route raised {raised}."
+    return "That is what the route answered."
 
 
 def _settled_later(facts: Facts) -> str:
-    own = (facts.charge or facts.deduct or facts.spans[0]).process
-    done = facts.later
-    if not done:
-        if facts.charge is None and facts.died:
-            return "Not yet: the next process that recovers will do it."
-        if facts.charge is not None and _pending(facts):
-            return "Not yet: what is due is on record, and recovery does it."
-        return f"No: {own} did all of it." if facts.charge is not None else f"No: {own} is at work on it."
-    last = done[-1]
-    # What the spans of one recovery share.
-    by = list(dict.fromkeys(span.process for span in done))
-    how = _later_work(done, facts) or "it is not through yet."
-    if by == [own]:
-        return f"By the same process ({own}), in the background, after the answer: {how}"
-    return (
-        f"Yes: by {' and '.join(by)}, while the request was served by {own}{_state(done)}: {how} ({_ago(facts, last)})"
-    )
+    if not facts.later:
+        if facts.charge is None:
+            died = facts.died
+            return "Not yet: the next process does it." if died else f"No: {facts.own} is at work on it."
+        return "Not yet: what is due is on record, and recovery does it." if _pending(facts) else "No."
+    by = list(dict.fromkeys(span.process for span in facts.later))
+    told = _came_of(facts.later) or "It is not through yet."
+    last = facts.later[-1]
+    when = f"{max(last.end_ns - facts.ended_ns, 0) / 1e9:.1f} s later"
+    if by == [facts.own]:
+        return f"No: by the same one, {facts.own}, in the background, {when}. {told}"
+    found = _found_in(facts.later)
+    return f"Yes: by {' and '.join(by)}, {when}{found}. {facts.own} had served the request. {told}"
 
 
-# Pieces of sentences.
+# What was done for the charge.
 
 
 def _work(facts: Facts) -> list[Span]:
-    """What was done for the charge, here and in other traces."""
+    """Refunds, voids and recoveries, here and in other traces."""
     return [*filter(None, (facts.recover,)), *facts.refunds, *facts.voids, *facts.later]
 
 
-def _later_work(work: list[Span], facts: Facts) -> str | None:
-    """What refunds and voids came to; None while none has gone through."""
+def _is_back(work: Sequence[Span]) -> bool:
+    return any(span.name in (REFUND, VOID) and span.get(OUTCOME) == "ok" for span in work)
+
+
+def _came_of(work: Sequence[Span]) -> str | None:
+    """What refunds and voids came to, as a sentence; None where there were none."""
     for span in work:
+        amount = int(span.get(REFUNDED) or 0)
         if span.get(OUTCOME) != "ok":
             continue
         if span.name == REFUND:
-            return f"{_credits(span.get(REFUNDED))} came back by a refund."
+            reason = span.get(REASON)
+            why = f": {reason}" if reason and reason != "failed items" else ""
+            return f"{_credits(amount)}, by a refund against the same transaction{why}."
+        if span.name == VOID and amount:
+            return f"{_credits(amount)}: the deduction had happened, and was voided."
         if span.name == VOID:
-            voided, took = span.get(PREFIX + "voided"), facts.voided() or facts.took()
-            voided = took if voided is None else voided
-            if voided == 0:
-                return "the deduction was voided; it had not happened, and is refused should it arrive late."
-            back = f", and its {_credits(voided)} came back" if voided else ""
-            return f"the deduction was voided{back}."
+            return "Nothing had been taken. The deduction is voided: should it still arrive, it is refused."
     waiting = [span for span in work if span.name in (REFUND, VOID)]
-    if waiting:
-        last = waiting[-1]
-        return (
-            f"attempt {last.get(TRIES) or 1} at the {last.name.removeprefix(PREFIX)} got no answer"
-            f" ({last.message or last.get(OUTCOME)}); it is tried again."
-        )
-    return "it was taken up by recovery." if any(span.name == RECOVER for span in work) else None
+    if not waiting:
+        return None
+    last, what = waiting[-1], waiting[-1].name.removeprefix(PREFIX)
+    if last.get(OUTCOME) == "unanswered":
+        why = f" ({last.message})" if last.message else ""
+        return f"Nothing yet: attempt {last.get(TRIES) or 1} at the {what} got no answer{why}. It is tried again."
+    return f"Nothing: the {what} ended as {last.get(OUTCOME)} ({last.message})."
 
 
-def _unfinished(facts: Facts) -> str:
-    if facts.died:
-        return "Nothing yet: what was deducted is on record in the journal, and comes back by recovery."
-    return "Nothing yet: it is still running."
-
-
-def _undone(facts: Facts) -> str:
-    if _nothing_sent(facts):
-        return " No attempt ever reached the service."
-    return f" What the service may have taken: {done}" if (done := _later_work(_work(facts), facts)) else ""
+def _found_in(work: Sequence[Span]) -> str:
+    """The state that recovery found the charge in."""
+    found = next((span.get(STATE) for span in work if span.name == RECOVER and span.get(STATE)), None)
+    return f", which found the charge {found}" if found else ""
 
 
 def _pending(facts: Facts) -> bool:
-    charge, deduct = facts.charge, facts.deduct
+    charge = facts.charge
     if charge is None:
         return True
     if charge.get(OUTCOME) == "not run":
-        if deduct is not None and deduct.get(OUTCOME) in ("declined", "notsent"):
-            return False
-        return not any(span.get(OUTCOME) == "ok" for span in facts.voids)
-    return charge.get(OUTCOME) == "refunding" and not any(span.get(OUTCOME) == "ok" for span in facts.refunds)
+        return not (_declined(facts) or _nothing_sent(facts) or _is_back(facts.voids))
+    return charge.get(OUTCOME) == "refunding" and not _is_back(facts.refunds)
+
+
+# The deduction.
+
+
+def _declined(facts: Facts) -> bool:
+    return facts.deduct is not None and facts.deduct.get(OUTCOME) == "declined" and facts.status in (402, None)
 
 
 def _nothing_sent(facts: Facts) -> bool:
-    attempts = facts.attempts_of(facts.deduct)
-    return facts.deduct is not None and not any(span.get(ERROR) not in NOT_SENT for span in attempts)
+    return facts.deduct is not None and facts.deduct.get(OUTCOME) == "notsent"
 
 
 def _silence(facts: Facts) -> str:
     """Why a deduction was not confirmed, attempt by attempt."""
     deduct, attempts = facts.deduct, facts.attempts_of(facts.deduct)
-    reason = (deduct.get(REASON) or deduct.message or deduct.get(OUTCOME)) if deduct is not None else "unknown"
-    if not attempts:
-        if deduct is not None and deduct.get(OUTCOME) == "journal":
-            return "the journal could not be written, so nothing was sent"
-        return f"nothing was sent ({reason})"
-    said = f"{len(attempts)} attempt{'s' if len(attempts) > 1 else ''} ({_each(attempts)})"
-    return f"{said}, then the circuit was open" if "circuit open" in str(reason) else said
+    reason = str((deduct.get(REASON) or deduct.message or deduct.get(OUTCOME)) if deduct is not None else "unknown")
+    if attempts:
+        said = f"{_count(len(attempts), 'attempt')} ({_each(attempts)})"
+        return f"{said}, then the circuit was open" if "circuit open" in reason else said
+    if reason == "circuit open":
+        return "the circuit is open after earlier failures, so nothing was sent"
+    return f"nothing was sent ({reason})"
 
 
-def _each(attempts: list[Span]) -> str:
+def _each(attempts: Sequence[Span]) -> str:
     return "; ".join(f"{number}. {_attempt(span)}" for number, span in enumerate(attempts, 1))
 
 
@@ -324,36 +316,27 @@ def _attempt(span: Span) -> str:
     if isinstance(status, int):
         return f"answered {status}"
     if error in NOT_SENT:
-        return f"not sent: {error}"
-    took_s = (span.end_ns - span.start_ns) / 1e9
+        return f"not sent, {error}"
     if "Timeout" in str(error):
-        return f"no answer within {took_s:.1f} s"
-    return f"answer lost: {error}" if error else "answered"
+        return f"no answer within {(span.end_ns - span.start_ns) / 1e9:.1f} s"
+    return f"answer lost, {error}" if error else "answered"
 
 
-def _where_it_died(facts: Facts) -> str:
-    own = (facts.deduct or facts.spans[0]).process
-    pictures = len(facts.pictures)
-    at_work = f", with {pictures} picture{'s' if pictures != 1 else ''} done" if pictures else ""
-    return f"{own} died before the answer{at_work}. Its spans that had not ended died with it."
-
-
-def _state(done: list[Span]) -> str:
-    found = next((span.get(STATE) for span in done if span.name == RECOVER and span.get(STATE)), None)
-    return f", which left the charge {found}" if found else ""
-
-
-def _ago(facts: Facts, last: Span) -> str:
-    return f"{max(last.end_ns - facts.ended_ns, 0) / 1e9:.1f} s after the last of this trace"
+# Words.
 
 
 def _account(facts: Facts) -> str:
-    tenant, user = facts.any_of(PREFIX + "tenant.id"), facts.any_of(PREFIX + "user.id")
+    tenant, user = facts.any_of(TENANT_ID), facts.any_of(USER_ID)
     return f"{tenant}/{user}" if user else f"{tenant}'s shared pool"
 
 
 def _credits(amount: Any) -> str:
-    return f"{amount} credit" if amount == 1 else f"{amount} credits"
+    return _count(amount, "credit")
 
 
-__all__ = ["CUT_OUT", "story"]
+def _count(number: Any, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+def _times(number: int) -> str:
+    return {1: "once more", 2: "twice"}.get(number, f"{number} times")

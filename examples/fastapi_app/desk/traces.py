@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from .spans import Span
+from .spans import CREDITS, Span
 
 Linking = Sequence[tuple[str, Span]]
 """Spans, of this trace or another, that link to one of this trace, whose id stands first."""
@@ -19,7 +19,10 @@ CUT_OUT = "cut out"
 OUTCOME, REASON = PREFIX + "outcome", PREFIX + "reason"
 AMOUNT, KEPT, REFUNDED = PREFIX + "amount", PREFIX + "kept", PREFIX + "refunded"
 TRIES, ITEMS, BALANCE = PREFIX + "tries", PREFIX + "items", PREFIX + "balance"
-STATE = PREFIX + "charge.state"
+STATE, CHARGE_ID, REQUEST_ID = PREFIX + "charge.state", PREFIX + "charge.id", PREFIX + "request.id"
+TENANT_ID, USER_ID, TRANSACTION_ID = PREFIX + "tenant.id", PREFIX + "user.id", PREFIX + "transaction.id"
+STATUS_CODE, REPLAYED = PREFIX + "status_code", PREFIX + "replayed"
+MISMATCH, UNREADABLE = PREFIX + "outcomes_mismatch", PREFIX + "outcomes_unreadable"
 STATUS, RESEND, ERROR = "http.response.status_code", "http.request.resend_count", "error.type"
 
 NOT_SENT = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout"})
@@ -52,25 +55,18 @@ class Facts:
         self.linking = linking
         self.started_ns = self.spans[0].start_ns
         self.ended_ns = max(span.end_ns for span in self.spans)
-        self.died = bool(self.orphans) and running is not None and not self._lives(running)
-        self._parents = by_id
-
-    @property
-    def ended(self) -> bool:
-        return self.entry is not None
+        here = self.spans[0].trace_id
+        later = {span.span_id: span for _, span in linking if span.trace_id != here}
+        self.later = sorted(later.values(), key=lambda span: span.start_ns)
+        """Refunds, voids and recoveries of this trace's charge that stand in other traces, in order."""
+        self.own = next((span.process for span in self.spans if span.service != CREDITS), "The process that served it")
+        self.died = self._died(running)
 
     @property
     def status(self) -> int | None:
         """The status that the client got."""
         status = self.entry.get(STATUS) if self.entry is not None and self.entry.kind == "server" else None
         return status if isinstance(status, int) else None
-
-    @property
-    def later(self) -> list[Span]:
-        """Refunds, voids and recoveries of this trace's charge that stand in other traces, in order."""
-        here = self.spans[0].trace_id
-        found = {span.span_id: span for _, span in self.linking if span.trace_id != here}
-        return sorted(found.values(), key=lambda span: span.start_ns)
 
     def named(self, name: str) -> list[Span]:
         return [span for span in self.spans if span.name == name]
@@ -80,7 +76,8 @@ class Facts:
 
     def any_of(self, attribute: str) -> Any:
         """What the spans of the charge say of it, the most telling first."""
-        for span in filter(None, (self.charge, self.deduct, *self.refunds, *self.voids, self.recover, *self.ledger)):
+        told = (self.charge, self.deduct, *self.refunds, *self.voids, self.recover, *self.later, *self.ledger)
+        for span in filter(None, told):
             if span.get(attribute) not in (None, ""):
                 return span.get(attribute)
         return None
@@ -91,27 +88,14 @@ class Facts:
             return []
         return [span for span in self.attempts if span.parent_id == operation.span_id]
 
-    def took(self) -> int | None:
-        """Credits that the service says were deducted in this trace; None where its spans do not tell."""
-        told = [span for span in self.ledger if span.name == LEDGER + "deduct"]
-        if any(span.get(PREFIX + "status_code") in (200, 201) for span in told):
-            return int(self.any_of(AMOUNT) or 0)
-        return 0 if told else None
-
-    def voided(self) -> int | None:
-        """Credits that a void in this trace gave back; None where there was none, or the spans do not tell."""
-        done = [span for span in self.voids if span.get(OUTCOME) == "ok"]
-        if not done:
-            return None
-        said = next((span.get(PREFIX + "voided") for span in done if span.get(PREFIX + "voided") is not None), None)
-        if said is None:
-            said = next((span.get(PREFIX + "refunded") for span in self.ledger if span.name == LEDGER + "void"), None)
-        return int(said) if said is not None else self.took()
-
-    def _lives(self, running: Collection[int]) -> bool:
-        # Those whose parent never came: the parent was of the same process, but for the service's first spans.
-        mine = [span for span in self.orphans if span.service != "credits"] or self.orphans
-        return any(span.pid is None or span.pid in running for span in mine)
+    def _died(self, running: Collection[int] | None) -> bool:
+        """Whether its process died before it ended. Spans of its that had not ended are lost with it."""
+        if self.entry is not None or not self.orphans:
+            return False
+        mine = {span.pid for span in self.orphans if span.service != CREDITS}
+        if any(span.name == RECOVER and span.pid not in mine for span in self.later):
+            return True  # nobody else takes up the charge of a process that lives
+        return running is not None and bool(mine) and None not in mine and mine.isdisjoint(running)
 
 
 def summary(facts: Facts) -> dict[str, Any]:
@@ -129,20 +113,18 @@ def summary(facts: Facts) -> dict[str, Any]:
         "name": name_of(facts),
         "status": facts.status,
         "ended": entry is not None,
-        "tenant_id": facts.any_of(PREFIX + "tenant.id"),
-        "user_id": facts.any_of(PREFIX + "user.id"),
+        "tenant_id": facts.any_of(TENANT_ID),
+        "user_id": facts.any_of(USER_ID),
         "amount": facts.any_of(AMOUNT),
-        "kept": charge.get(KEPT) if charge is not None else None,
-        "refunded": _refunded(facts),
-        "voided": facts.voided(),
+        **_moved(facts),
         "outcome": told.get(OUTCOME) if told is not None else None,
         "attempts": len(facts.attempts),
         "retries": sum(1 for span in facts.attempts if span.get(RESEND)),
         "errors": sum(1 for span in facts.spans if span.status == "error"),
         "services": list(dict.fromkeys(span.service for span in facts.spans)),
-        "request_id": facts.any_of(PREFIX + "request.id"),
-        "charge_id": facts.any_of(PREFIX + "charge.id"),
-        "transaction_id": facts.any_of(PREFIX + "transaction.id"),
+        "request_id": facts.any_of(REQUEST_ID),
+        "charge_id": facts.any_of(CHARGE_ID),
+        "transaction_id": facts.any_of(TRANSACTION_ID),
         "trouble": trouble(facts),
         "spans": len(facts.spans),
         "linked": [trace_id for trace_id in linked if trace_id != here],
@@ -169,9 +151,9 @@ def trouble(facts: Facts) -> list[str]:
     if facts.charge is not None:
         if facts.charge.get(OUTCOME) in ("disputed", "journal", "ownership_lost"):
             found.append(_words(str(facts.charge.get(OUTCOME))))
-        if facts.charge.get(PREFIX + "outcomes_mismatch"):
+        if facts.charge.get(MISMATCH):
             found.append("outcomes mismatch")
-        if facts.charge.get(PREFIX + "outcomes_unreadable"):
+        if facts.charge.get(UNREADABLE):
             found.append("outcomes unreadable")
     if facts.recover is not None:
         found.append("recovered")
@@ -273,12 +255,17 @@ def moment(at_ns: int) -> str:
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{rest_ns // 1000:06d}Z"
 
 
-def _refunded(facts: Facts) -> int | None:
-    """Credits that go back: as the charge says, or whoever drives it to its end."""
-    if facts.charge is not None:
-        refunded = facts.charge.get(REFUNDED)
-        return refunded if isinstance(refunded, int) else None
-    return next((span.get(REFUNDED) for span in facts.refunds if span.get(REFUNDED) is not None), None)
+def _moved(facts: Facts) -> dict[str, int | None]:
+    """Credits kept, refunded and voided: as the charge says, else whoever drove it to its end, here or later."""
+    charge = facts.charge
+    done = [span for span in (*facts.refunds, *facts.voids, *facts.later) if span.get(OUTCOME) == "ok"]
+    voided = next((span.get(REFUNDED) or 0 for span in done if span.name == VOID), None)
+    if charge is not None and charge.get(KEPT) is not None:
+        return {"kept": charge.get(KEPT), "refunded": charge.get(REFUNDED), "voided": voided}
+    refunded = next((span.get(REFUNDED) for span in done if span.name == REFUND), None)
+    amount = facts.any_of(AMOUNT)
+    kept = amount - refunded if isinstance(amount, int) and isinstance(refunded, int) else None
+    return {"kept": 0 if voided is not None else kept, "refunded": refunded, "voided": voided}
 
 
 def _what_went_wrong(attempt: Span) -> str | None:

@@ -58,10 +58,6 @@ def add_pages(app: FastAPI) -> None:
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
         """The page that sells cut-outs."""
-        if not (FOLDER / "index.html").is_file():  # until the new one is here
-            policy = "default-src 'self'; img-src 'self' data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-            old = (FOLDER.parent / "page.html").read_text(encoding="utf-8")
-            return Response(old, media_type="text/html", headers={"Content-Security-Policy": policy})
         return page("index.html")
 
     @app.get("/traces", include_in_schema=False)

@@ -257,7 +257,7 @@ async def test_wallet_refund_in_between_is_never_listed_and_not_counted() -> Non
 async def test_index_page_loads_nothing_from_elsewhere(demo: Demo) -> None:
     """The page works offline: no address but our own stands in it, and its policy forbids others."""
     page = await demo.http.get("/")
-    assert "Run the samples" in page.text
+    assert "Use the samples" in page.text
     assert "http://" not in page.text
     assert "https://" not in page.text
-    assert page.headers["Content-Security-Policy"].startswith("default-src 'self'")
+    assert page.headers["Content-Security-Policy"].startswith("default-src 'none'")

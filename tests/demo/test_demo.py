@@ -112,7 +112,7 @@ def test_demo_curl_lines_show_a_partial_refund_and_a_402(start: Start) -> None:
 def test_demo_pictures_and_account_are_served(demo: Demo) -> None:
     """What the page needs is there: the page, the sample request, the results, the account."""
     with httpx.Client(base_url=f"http://127.0.0.1:{demo.port}", trust_env=False) as app:
-        assert "Run the samples" in app.get("/").text
+        assert "Use the samples" in app.get("/").text
         assert app.get("/samples").json() == demo.sample()
         account = app.get("/me", headers={"Authorization": "Bearer tour"}).json()
         assert account["account"] == {"tenant_id": "demo", "user_id": "tour"}

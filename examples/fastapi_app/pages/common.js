@@ -98,6 +98,10 @@ export function statusBadge(status) {
   return el("span", { class: `badge ${kind}`, data: { status: String(status) } }, status === 0 ? "no answer" : String(status));
 }
 
+/** Where a request's spans are to be seen. */
+export const traceLink = (traceId, words = "See its trace") =>
+  el("a", { href: `/traces#${traceId}`, data: { testid: "trace-link", trace: traceId } }, words);
+
 /** Put new content into a place, only where it differs: nothing flickers, and what has the focus keeps it. */
 export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;

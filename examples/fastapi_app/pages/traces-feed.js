@@ -4,7 +4,6 @@
 import { ask } from "./common.js";
 
 const RETRY_MS = 700;
-const NOBODY_MS = 5000; // nothing restarts where there is no desk
 const PATIENCE_MS = 20_000; // twice what the desk waits
 const PACE_MS = 250; // a busy app changes its list with every span
 
@@ -62,7 +61,7 @@ export async function follow(path, { heard, silent, signal }) {
       if (!(error instanceof Silence)) throw error;
       version = null; // ask for all of it, at once, as soon as it is there again
       silent(error.message);
-      await pause(error.status === 404 ? NOBODY_MS : RETRY_MS, signal);
+      await pause(RETRY_MS, signal);
     }
   }
 }
@@ -75,11 +74,6 @@ function shown() {
 
 export const pause = (ms, signal) =>
   new Promise(resolve => {
-    const done = () => {
-      clearTimeout(timer);
-      signal.removeEventListener("abort", done);
-      resolve();
-    };
-    const timer = setTimeout(done, ms);
-    signal.addEventListener("abort", done);
+    const timer = setTimeout(resolve, ms);
+    signal?.addEventListener("abort", () => (clearTimeout(timer), resolve()), { once: true });
   });

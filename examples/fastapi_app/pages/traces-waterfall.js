@@ -313,9 +313,8 @@ function marks(span) {
   if (resent) found.push(badge(`↻ ${resent}`, "warn", `retry ${resent} of this call`));
   if (answered >= 400) found.push(badge(String(answered), answered >= 500 ? "bad" : "warn", `answered ${answered}`));
   if (span.status === "error") found.push(badge(`✕ ${attributes["error.type"] ?? "error"}`, "bad", span.message));
-  if (attributes["demo.image.status"] === "failed" && span.status !== "error") found.push(badge("✕ failed", "bad", attributes["demo.image.error"]));
   if (span.orphan) found.push(badge("orphan", "warn", ORPHAN));
-  if (span.links_to.length) found.push(el("span", { class: "link-mark", role: "img", title: "linked to another span", "aria-label": "linked to another span" }, "⇠"));
-  if (span.linked_from.length) found.push(el("span", { class: "link-mark", role: "img", title: "another span is linked to this one", "aria-label": "another span is linked to this one" }, "⇢"));
+  if (span.links_to.length) found.push(el("span", { class: "link-mark", title: "linked to another span", "aria-label": "linked to another span" }, "⇠"));
+  if (span.linked_from.length) found.push(el("span", { class: "link-mark", title: "another span is linked to this one", "aria-label": "another span is linked to this one" }, "⇢"));
   return found;
 }

@@ -18,10 +18,12 @@ from metered_billing.cli.options import AnyUser, AsJson, CreditsUrl, Tenant, Tok
 from metered_billing.cli.reconcile import reconcile
 from metered_billing.cli.recover import recover
 from metered_billing.cli.source import Document, Source, open_source
+from metered_billing.cli.telemetry import Exports, Server
 from metered_billing.ledger import Grant, Ledger, LedgerError
 from metered_billing.ledger.store import MAX_PAGE
 from metered_billing.runtime import new_uuid7
 from metered_billing.service import InvalidTokens, Tokens, create_app
+from metered_billing.telemetry import Telemetry
 
 _NO_SERVICE = "That is an answer, but not a credits service's."
 
@@ -58,21 +60,24 @@ def serve(
     """Run the credits service over a ledger. Stop it with Ctrl-C."""
     try:
         tokens = Tokens.load(tokens_file)
-        ledger = Ledger(database)
+        ledger = Ledger(database, committed=Telemetry().committed("ledger"))
     except InvalidTokens as error:
         raise Failure(f"{error}.", 2) from None
     except ValueError as error:
         raise Failure(f"--database: {error}.", 2) from None
     except ImportError as error:
         raise Failure(f"{error}.") from None
-    server = uvicorn.Server(
+    exports = Exports()
+    exports.set_up()
+    server = Server(
         uvicorn.Config(
             create_app(ledger, tokens),
             host=host,
             port=port,
             timeout_graceful_shutdown=GRACE_S,
             server_header=False,
-        )
+        ),
+        exports,
     )
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn has finished its work before it raises this
         asyncio.run(_serve(server, ledger))

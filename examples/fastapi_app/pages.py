@@ -37,6 +37,7 @@ DESK_TIMEOUT_S = 20.0
 """Longer than the desk lets anybody wait for news."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,80}")
+_DESK_PATH = re.compile(r"[a-z]{1,20}(/[0-9A-Za-z]{1,64})?")
 _PASSED_ON = ("content-type", "x-demo")
 _PASSED_BACK = ("content-type", "retry-after")
 
@@ -100,6 +101,8 @@ async def ask_the_desk(request: Request, path: str) -> Response:
         return problem(404, "Not found", "The app runs without a desk: `make demo` brings one.")
     if (refused := refusal(request.method, request.scope["headers"])) is not None:
         return refused
+    if not _DESK_PATH.fullmatch(path):  # dots would lead out of it
+        return problem(404, "Not found", "The desk has no such place.")
     body = bytearray()
     async for chunk in request.stream():
         body += chunk

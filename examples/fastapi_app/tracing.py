@@ -4,8 +4,7 @@ A real app configures OpenTelemetry in a place like this one, and sends everythi
 """
 
 import os
-import secrets
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry import metrics, trace
@@ -21,9 +20,6 @@ DESK = "METERED_BILLING_DEMO_DESK"
 TRACE_HEADER = "X-Trace-Id"
 """Says, on each answer to a traced request, which trace it has left."""
 
-UNTRACED = {"traceparent": f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-00"}
-"""Headers of calls that are to leave no spans at the service either: not sampled, says the last pair of digits."""
-
 
 def set_up() -> "TracerProvider | None":
     """Send spans to where `OTEL_EXPORTER_OTLP_TRACES_ENDPOINT` says, and keep metrics for `/metrics`.
@@ -34,12 +30,28 @@ def set_up() -> "TracerProvider | None":
     if not os.environ.get(DESK):
         return None
     # Only here: tests of the app do without.
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.exporter.prometheus import PrometheusMetricReader
     from opentelemetry.sdk.metrics import MeterProvider
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+
+    class ExportOverHttp(SpanExporter):
+        """What sends spans takes a while to import: in the exporting thread, with the first span, it delays nobody."""
+
+        def __init__(self) -> None:
+            self._exporter: SpanExporter | None = None
+
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            if self._exporter is None:
+                from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+                self._exporter = OTLPSpanExporter()
+            return self._exporter.export(spans)
+
+        def shutdown(self) -> None:
+            if self._exporter is not None:
+                self._exporter.shutdown()
 
     class HandOnTheName(SpanProcessor):
         """Of a process that is killed, only spans that had ended are left: these say what they were part of."""
@@ -54,7 +66,7 @@ def set_up() -> "TracerProvider | None":
 
     provider = TracerProvider(resource=Resource.create({"service.name": "app", "process.pid": os.getpid()}))
     provider.add_span_processor(HandOnTheName())
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    provider.add_span_processor(BatchSpanProcessor(ExportOverHttp()))
     trace.set_tracer_provider(provider)
     metrics.set_meter_provider(MeterProvider(metric_readers=[PrometheusMetricReader()]))
     return provider

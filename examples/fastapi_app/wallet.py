@@ -9,7 +9,7 @@ import httpx
 from fastapi import HTTPException
 from pydantic import BaseModel
 
-from .tracing import UNTRACED
+from .desk.untraced import untraced
 from .users import User
 
 
@@ -60,7 +60,7 @@ class Wallet:
     async def _get(self, path: str, params: dict[str, str]) -> dict[str, Any]:
         try:
             # Asked every second by every page: spans of it would hide those of the work.
-            answer = await self._client.get(path, params=params, headers=UNTRACED)
+            answer = await self._client.get(path, params=params, headers=untraced())
             answer.raise_for_status()
             body: dict[str, Any] = answer.json()
         except (httpx.HTTPError, ValueError) as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from examples.fastapi_app.desk.untraced import untraced
 
 ROOT = Path(__file__).parents[2]
 
@@ -157,7 +158,11 @@ class Demo:
             f"http://127.0.0.1:{self.credits_port}{path}",
             params=params,
             json=body,
-            headers={"Authorization": f"Bearer {secret[1]}", "Idempotency-Key": f"test{time.time_ns()}"},
+            headers={
+                "Authorization": f"Bearer {secret[1]}",
+                "Idempotency-Key": f"test{time.time_ns()}",
+                **untraced(),
+            },
             trust_env=False,
         )
         return answer.raise_for_status().json()

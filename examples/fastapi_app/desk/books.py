@@ -1,7 +1,6 @@
 """The books: what the service's ledger and the app's journal say, read past the faults, and whether they balance."""
 
 import asyncio
-import secrets
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
+from .untraced import untraced
 
 TENANT = "demo"
 
@@ -26,12 +27,6 @@ Entry = Mapping[str, Any]
 
 class Unreadable(Exception):
     """The service gives no answer, or the journal cannot be read."""
-
-
-def untraced() -> dict[str, str]:
-    """Headers of a call that is to leave no spans: reading the books is not what the traces are about."""
-    # W3C Trace Context: the last two digits say "not sampled", and the service's SDK goes by its parent.
-    return {"traceparent": f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-00"}
 
 
 class Books:

@@ -46,9 +46,18 @@ define debian
  || echo "· no $(1) here: the tests that need it will be skipped"; }
 endef
 
+# A few tests run the dashboard and the alert rules in a real Prometheus: Debian's programs, without its service.
+define prometheus
+@test -x $(VENV)/prometheus/usr/bin/promtool || command -v promtool >/dev/null || { echo "· fetching prometheus"; \
+ ( rm -rf $(VENV)/prometheus && mkdir -p $(VENV)/prometheus && cd $(VENV)/prometheus && { apt-get -qq download prometheus \
+ || { apt-get -qq update && apt-get -qq download prometheus; }; } && dpkg-deb -x prometheus_*.deb . && rm prometheus_*.deb \
+ ) >/dev/null 2>&1 || echo "· no prometheus here: the tests of the dashboard and the alert rules will be skipped"; }
+endef
+
 test: $(VENV)/.dev $(VENV)/.demo check ## All checks and all tests but the long simulations
 	$(call debian,strace,strace)
 	$(call debian,chromium,chromium fonts-dejavu-core)
+	$(call prometheus)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --cov --cov-report=term
 	@# Where money is decided, every branch has a test.
 	$(BIN)/coverage report --fail-under=100 --include='*/charge.py,*/outcomes/*,*/biller.py,*/settler.py,*/metered.py,*/middleware.py'
@@ -71,7 +80,7 @@ check: $(VENV)/.dev ## Lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy examples tests docs/examples docs/make_charge.py
+	$(BIN)/mypy examples tests docs/examples docs/make_charge.py docs/make_monitoring.py
 
 # Of a name: `make mutants MUTANTS=charge.py`.
 mutants: $(VENV)/.dev ## Change each line that decides about money, and see whether a test notices
@@ -80,6 +89,7 @@ mutants: $(VENV)/.dev ## Change each line that decides about money, and see whet
 # In a font that is made for screens, where Debian has one.
 pictures: $(VENV)/.dev $(VENV)/.demo ## Take the pictures of README and docs anew, by the tests in the browser
 	$(call debian,chromium,chromium fonts-dejavu-core)
+	$(call prometheus)
 	@fc-list | grep -qi inter || apt-get -qq install -y fonts-inter >/dev/null 2>&1 || echo "· no font Inter here: the pictures will look different"
 	$(BIN)/python -m pytest -q tests/browser --pictures docs/pictures
 

@@ -131,6 +131,7 @@ COMMANDS = [
     "recover",
     "reconcile",
     "conformance",
+    "monitoring",
 ]
 
 

@@ -14,6 +14,7 @@ from metered_billing.cli import charges, terminal
 from metered_billing.cli.conformance import conformance
 from metered_billing.cli.failure import Failure
 from metered_billing.cli.migrate import migrate
+from metered_billing.cli.monitoring import monitoring
 from metered_billing.cli.options import AnyUser, AsJson, CreditsUrl, Tenant, Token, User
 from metered_billing.cli.reconcile import reconcile
 from metered_billing.cli.recover import recover
@@ -44,6 +45,7 @@ app.command()(migrate)
 app.command()(conformance)
 app.command()(recover)
 app.command()(reconcile)
+app.command()(monitoring)
 
 
 @app.command()

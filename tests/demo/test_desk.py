@@ -64,7 +64,7 @@ def test_refusal_of_other_sites(host: str, method: str, header: str | None, stat
 
 
 async def test_traces_are_listed_filtered_and_shown(desk: Desk, http: httpx.AsyncClient) -> None:
-    """What an exporter sends is found by who, outcome, duration, trouble and any word; the latest first."""
+    """What an exporter sends is found by who, outcome, status, duration, trouble and any word; the latest first."""
     scene = Scene()
     desk.collector = desk.reading._collector = scene.collector
     for number, (user, status) in enumerate((("alice", 200), ("poor", 402), ("alice", 503))):
@@ -84,6 +84,9 @@ async def test_traces_are_listed_filtered_and_shown(desk: Desk, http: httpx.Asyn
     assert await statuses(outcome="settled") == [200]
     assert await statuses(slow_ms=50) == [503, 402]
     assert await statuses(trouble=1) == [503]
+    assert await statuses(status=402) == [402]
+    assert await statuses(status="5xx") == [503]
+    assert await statuses(status="none") == []
     assert await statuses(q="POOR") == [402]
     assert await statuses(limit=1) == [503]
     assert await statuses(q=trace_id(request)) == [503]

@@ -139,10 +139,19 @@ def _wanted(one: Mapping[str, Any], given: Mapping[str, str], slow_ms: float) ->
     for parameter, member in (("tenant", "tenant_id"), ("user", "user_id"), ("outcome", "outcome")):
         if given.get(parameter) and given[parameter] != one[member]:
             return False
+    if not _answered(one["status"], given.get("status", "")):
+        return False
     if one["duration_ms"] < slow_ms or (given.get("trouble") == "1" and not one["trouble"]):
         return False
     sought = given.get("q", "").strip().lower()
     return not sought or any(sought in str(value).lower() for value in one.values() if value is not None)
+
+
+def _answered(status: int | None, wanted: str) -> bool:
+    """Whether a status is the one wanted: `402`, `4xx`, or `none` where there is no answer."""
+    if wanted in ("", "none"):
+        return not wanted or status is None
+    return str(status) == wanted or (wanted.endswith("xx") and str(status)[:1] == wanted[:1])
 
 
 def _number(given: Mapping[str, str], name: str, default: int, *, most: int = 2**53) -> int:

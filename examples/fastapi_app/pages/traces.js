@@ -58,21 +58,13 @@ function showList() {
   showLive();
   const answer = paused ? held : latest;
   if (!answer) return;
-  const shown = answer.traces.filter(matchesStatus);
-  list.show(shown);
+  list.show(answer.traces);
   suggest(answer.traces);
-  $("empty").hidden = shown.length > 0;
+  $("empty").hidden = answer.traces.length > 0;
   setText($("empty"), query(filters) ? "No request here matches these filters." : "No request yet. Send one from the other page.");
   const dropped = answer.dropped ? `; ${count(answer.dropped)} older ones have fallen out of the ring` : "";
-  setText($("counts"), `${count(shown.length)} shown, ${plural(answer.kept, "trace")} kept${dropped}`);
+  setText($("counts"), `${count(answer.traces.length)} shown, ${plural(answer.kept, "trace")} kept${dropped}`);
   $("more").hidden = answer.traces.length < limit;
-}
-
-function matchesStatus({ status }) {
-  const wanted = filters.status;
-  if (!wanted) return true;
-  if (status === null) return wanted === "none";
-  return wanted.endsWith("xx") ? String(status)[0] === wanted[0] : String(status) === wanted;
 }
 
 /** What has been seen can be chosen. */

@@ -128,11 +128,12 @@ export class Detail {
       }
     }
     this.related.replaceChildren(...others);
+    this.related.hidden = others.length === 0;
   }
 
   #ids(summary) {
     this.ids.replaceChildren(...Object.entries(IDS).filter(([name]) => summary[name]).flatMap(([name, words]) =>
-      [el("dt", {}, words), el("dd", {}, el("code", {}, summary[name]), " ", copyButton(summary[name], `${words} id`))]));
+      [el("dt", {}, words), el("dd", {}, el("code", {}, summary[name]), " ", copyButton(summary[name], `${words} id`), " ", find(name, summary))]));
   }
 
   #panel() {
@@ -155,6 +156,13 @@ export class Detail {
   #backToRow() {
     this.waterfall.select(this.waterfall.selected, { focus: true });
   }
+}
+
+/** A link to all traces that name an id: a charge's request, and whoever settled it later. */
+function find(name, summary) {
+  if (name === "trace_id") return null;
+  const href = `?q=${encodeURIComponent(summary[name])}${at(summary.trace_id)}`;
+  return el("a", { href, "aria-label": `find all traces of this ${IDS[name]}` }, "find all");
 }
 
 /** An answer in plain words, with the traces that it names as links. */

@@ -4,6 +4,7 @@
 import { ask } from "./common.js";
 
 const RETRY_MS = 700;
+const NOBODY_MS = 5000; // nothing restarts where there is no desk
 const PATIENCE_MS = 20_000; // twice what the desk waits
 const PACE_MS = 250; // a busy app changes its list with every span
 
@@ -61,7 +62,7 @@ export async function follow(path, { heard, silent, signal }) {
       if (!(error instanceof Silence)) throw error;
       version = null; // ask for all of it, at once, as soon as it is there again
       silent(error.message);
-      await pause(RETRY_MS, signal);
+      await pause(error.status === 404 ? NOBODY_MS : RETRY_MS, signal);
     }
   }
 }
@@ -74,6 +75,11 @@ function shown() {
 
 export const pause = (ms, signal) =>
   new Promise(resolve => {
-    const timer = setTimeout(resolve, ms);
-    signal?.addEventListener("abort", () => (clearTimeout(timer), resolve()), { once: true });
+    const done = () => {
+      clearTimeout(timer);
+      signal.removeEventListener("abort", done);
+      resolve();
+    };
+    const timer = setTimeout(done, ms);
+    signal.addEventListener("abort", done);
   });

@@ -5,9 +5,17 @@ export const FILTERS = ["q", "tenant", "user", "status", "outcome", "slow_ms", "
 /** `{filters: {name: value}, trace, span}`; what is not there is "" or null. */
 export function read() {
   const query = new URLSearchParams(location.search);
-  const filters = Object.fromEntries(FILTERS.map(name => [name, query.get(name)?.trim() ?? ""]));
+  const filters = cleaned(name => query.get(name));
   const [, trace = null, span = null] = /^#([0-9a-f]{32})(?:\/([0-9a-f]{16}))?$/.exec(location.hash) ?? [];
   return { filters, trace, span };
+}
+
+/** The filters of which `value(name)` may be anything: what the desk would refuse is as good as empty. */
+export function cleaned(value) {
+  const filters = Object.fromEntries(FILTERS.map(name => [name, String(value(name) ?? "").trim().slice(0, 200)]));
+  if (!/^\d{1,9}$/.test(filters.slow_ms)) filters.slow_ms = "";
+  filters.trouble = filters.trouble === "1" ? "1" : "";
+  return filters;
 }
 
 /** The filters as a query, without those that are empty. */

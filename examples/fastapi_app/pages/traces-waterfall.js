@@ -5,6 +5,8 @@ import { attribute, badge } from "./traces-dom.js";
 import { exact, short } from "./traces-format.js";
 import { draggable, wheeled } from "./traces-gestures.js";
 
+const LETTER_PX = 7.5;
+
 export const ORPHAN = "its parent never arrived: the process died or is still running";
 export const ORPHANS = "their parents never arrived: the process died or is still running";
 
@@ -30,7 +32,7 @@ export class Waterfall {
     this.toSpan = button("Zoom to span", "zoom to the selected span", () => this.#toSelected());
     this.legend = el("span", { class: "legend" });
     const tools = el("div", { class: "tools" },
-      this.legend, el("span", { class: "grow" }), this.range,
+      this.legend, this.range,
       el("span", { class: "buttons" },
         button("◂", "earlier", () => this.#view.pan(-0.25)), button("▸", "later", () => this.#view.pan(0.25)),
         button("−", "zoom out", () => this.#view.zoom(2)), button("+", "zoom in", () => this.#view.zoom(0.5)),
@@ -218,9 +220,12 @@ export class Waterfall {
     if (!width) return;
     const marks = ticks(view, width);
     const place = (made, ms) => (made.style.setProperty("--at", view.place(ms).toFixed(6)), made);
+    let taken = 0;
     this.axis.replaceChildren(...marks.map(({ ms, label }) => {
-      const tick = place(el("span", { class: "tick" }, label), ms);
-      tick.classList.toggle("last", view.place(ms) * width > width - label.length * 7.5);
+      const [left, wide] = [view.place(ms) * width, label.length * LETTER_PX];
+      const flipped = left + wide > width; // no room on its right
+      const tick = place(el("span", { class: flipped ? "tick last" : "tick" }, flipped && left - wide < taken ? "" : label), ms);
+      taken = left + wide;
       return tick;
     }));
     this.lines.replaceChildren(...marks.map(({ ms }) => place(el("i"), ms)));
@@ -313,8 +318,9 @@ function marks(span) {
   if (resent) found.push(badge(`↻ ${resent}`, "warn", `retry ${resent} of this call`));
   if (answered >= 400) found.push(badge(String(answered), answered >= 500 ? "bad" : "warn", `answered ${answered}`));
   if (span.status === "error") found.push(badge(`✕ ${attributes["error.type"] ?? "error"}`, "bad", span.message));
+  if (attributes["demo.image.status"] === "failed" && span.status !== "error") found.push(badge("✕ failed", "bad", attributes["demo.image.error"]));
   if (span.orphan) found.push(badge("orphan", "warn", ORPHAN));
-  if (span.links_to.length) found.push(el("span", { class: "link-mark", title: "linked to another span", "aria-label": "linked to another span" }, "⇠"));
-  if (span.linked_from.length) found.push(el("span", { class: "link-mark", title: "another span is linked to this one", "aria-label": "another span is linked to this one" }, "⇢"));
+  if (span.links_to.length) found.push(el("span", { class: "link-mark", role: "img", title: "linked to another span", "aria-label": "linked to another span" }, "⇠"));
+  if (span.linked_from.length) found.push(el("span", { class: "link-mark", role: "img", title: "another span is linked to this one", "aria-label": "another span is linked to this one" }, "⇢"));
   return found;
 }

@@ -5,7 +5,7 @@ import { Detail } from "./traces-detail.js";
 import { Silence, follow, get, pause } from "./traces-feed.js";
 import { count } from "./traces-format.js";
 import { List } from "./traces-list.js";
-import { FILTERS, close, query, read, writeFilters } from "./traces-url.js";
+import { FILTERS, cleaned, close, query, read, writeFilters } from "./traces-url.js";
 
 const $ = id => document.getElementById(id);
 const PAGE = 100;
@@ -106,7 +106,6 @@ $("pause").addEventListener("click", () => {
   paused = !paused && latest !== null;
   held = paused ? latest : null;
   attribute($("pause"), "aria-pressed", String(paused));
-  setText($("pause"), paused ? "Resume" : "Pause");
   showList();
 });
 
@@ -121,13 +120,12 @@ let woken = () => {};
 const wake = () => woken();
 
 async function readTrace(id, span) {
-  reading.abort();
+  stopReading();
   reading = new AbortController();
   const { signal } = reading;
   let first = span;
   while (!signal.aborted) {
     const change = new Promise(resolve => (woken = resolve));
-    signal.addEventListener("abort", woken);
     try {
       const trace = await get(`/desk/traces/${id}`, signal);
       detail.show(trace, first);
@@ -142,6 +140,11 @@ async function readTrace(id, span) {
     await change;
     await pause(DETAIL_PACE_MS, signal);
   }
+}
+
+function stopReading() {
+  reading.abort();
+  wake();
 }
 
 const fallenOut = id => `Trace ${id} is not kept here: it has fallen out of the ring, which keeps the newest only, or was never there.`;
@@ -173,7 +176,7 @@ function showOpen({ trace, span }) {
     detail.title.focus({ preventScroll: true });
     readTrace(trace, span);
   } else {
-    reading.abort();
+    stopReading();
     detail.close();
     document.title = "Traces";
     list.focus(before);
@@ -198,7 +201,7 @@ function showFiltered() {
 
 function filtersChanged(push) {
   const values = new FormData(form);
-  const wanted = Object.fromEntries(FILTERS.map(name => [name, String(values.get(name) ?? "").trim()]));
+  const wanted = cleaned(name => values.get(name));
   if (query(wanted) === query(filters)) return;
   filters = wanted;
   limit = PAGE;

@@ -67,7 +67,7 @@ async def _until_stopped(app_port: int, credits_port: int, metrics_port: int) ->
     desk_url, proxy_url = (f"http://127.0.0.1:{made.getsockname()[1]}" for made in (address, holder))
     service = _service(credits_port, f"{app_token}=tenant:demo,{admin_token}=admin", desk_url, metrics_port)
     app = _app(app_port, proxy_url, app_token, desk_url)
-    demo = _Demo(app, service, address, holder, admin_token)
+    demo = _Demo(app, service, address, holder, admin_token, metrics_port)
     running = asyncio.ensure_future(demo.run())
     _on_signals(running.cancel)
     try:
@@ -89,6 +89,7 @@ class _Demo:
     address: socket.socket
     holder: socket.socket
     admin_token: str
+    metrics_port: int
     desk: "Desk | None" = None
 
     async def run(self) -> None:
@@ -114,7 +115,7 @@ class _Demo:
             await desk.process_changed(process)
             say(f"  {what:16} http://localhost:{process.port}  pid {process.pid}  up after {took_s:.1f} s")
         await tour.give(app_url, credits_url, self.admin_token, GRANTS, say)
-        tour.explain(app.port, service.port, say)
+        tour.explain(app.port, service.port, self.metrics_port, say)
         await keep_running((app, service), say, desk.process_changed)
 
     async def stop(self) -> None:
@@ -182,7 +183,10 @@ def _app(port: int, credits_url: str, token: str, desk_url: str) -> Process:
 
 def _traced(name: str, desk_url: str) -> dict[str, str]:
     """The standard variables that send a process's spans to the desk, and soon enough to watch them arrive."""
+    # What the user says of the place that it runs in stays said, in their backend too.
+    place = os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
     return {
+        "OTEL_RESOURCE_ATTRIBUTES": place,
         "OTEL_SERVICE_NAME": name,
         "OTEL_TRACES_EXPORTER": "otlp",
         "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{desk_url}/v1/traces",

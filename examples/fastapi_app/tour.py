@@ -80,7 +80,7 @@ async def _show_account(service: httpx.AsyncClient, said: Mapping[str, str], say
     say(f"  balance  {balance:4}")
 
 
-def explain(app_port: int, credits_port: int, say: Say) -> None:
+def explain(app_port: int, credits_port: int, metrics_port: int, say: Say) -> None:
     """Say what to do next."""
     request = f"-H 'Content-Type: application/json' -d @.demo/request.json localhost:{app_port}/create-products"
     say("")
@@ -99,6 +99,7 @@ def explain(app_port: int, credits_port: int, say: Say) -> None:
     say(f"The credits service is on port {credits_port}. What alice was charged for:")
     say("  . .demo/env; .venv/bin/metered-billing transactions --tenant demo --user alice")
     say("")
+    say(f"Metrics for Prometheus: localhost:{app_port}/metrics, localhost:{metrics_port}/metrics.")
     say("Logs: .demo/*.log. Ctrl-C stops both.")
 
 

@@ -54,7 +54,9 @@ class Demo:
         self.folder = folder
         self.port = free_port()
         self.credits_port = free_port()
-        self.settings = {"PORT": str(self.port), "CREDITS_PORT": str(self.credits_port), **settings}
+        self.metrics_port = free_port()
+        ports = {"PORT": self.port, "CREDITS_PORT": self.credits_port, "METRICS_PORT": self.metrics_port}
+        self.settings = {**{name: str(port) for name, port in ports.items()}, **settings}
         self.output = folder / f"output-{self.port}.txt"
         self.start()
 

@@ -155,7 +155,7 @@ class Desk:
         process = self.service if name == CREDITS else self.app
 
         async def kill() -> None:
-            await asyncio.sleep(max(after_ms / 1000, ANSWER_FIRST_S))
+            await asyncio.sleep(max(after_ms / 1000, ANSWER_FIRST_S if process is self.app else 0))
             if process.popen is not None and process.ended() is None:
                 process.popen.send_signal(signal.SIGKILL)
 

@@ -98,7 +98,7 @@ function draw() {
   setText(byId("quote-have"), have === undefined ? "–" : number(have));
   setText(byId("quote-left"), have === undefined || short ? "–" : number(have - count));
   byId("short").hidden = !short;
-  setText(byId("short"), short ? `${chosen.user} has ${credits(have)}, and this costs ${number(count)}. Send it all the same, and see: a 402, and nothing runs.` : "");
+  setText(byId("short"), short ? `${chosen.user} has ${credits(have)}, and this costs ${number(count)}. Send it all the same, and see: a 402, and nothing runs.${chosen.user === "poor" ? "" : " (Starting the demo again fills the accounts.)"}` : "");
 }
 
 function drawButton(count) {

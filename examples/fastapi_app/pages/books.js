@@ -25,9 +25,9 @@ export function hurry() {
 }
 
 /** Wait for news that was asked for after this call. One loop asks for all who wait. */
-export function next() {
+export function next(hurried = true) {
   const since = asked;
-  hurry();
+  if (hurried) hurry();
   return new Promise(resolve => {
     const look = ({ detail }) => {
       if (detail <= since) return;
@@ -100,11 +100,13 @@ const NAMES = { app: "app", credits: "credits service" };
 export const inStates = counts => Object.entries(counts).filter(([, count]) => count > 0)
   .map(([state, count]) => `${number(count)} ${state}`).join(", ");
 
+const tick = () => el("span", { class: "good", role: "img", "aria-label": "it balances" }, "✓");
+
 /** granted − deducted + returned = balance, in figures. */
-export function equation({ granted, deducted, returned, balance, balanced }) {
-  return el("span", { class: "equation number", data: { balanced: String(balanced) } },
-    `${number(granted)} − ${number(deducted)} + ${number(returned)} = ${number(granted - deducted + returned)} `,
-    balanced ? el("span", { class: "good" }, "✓") : el("span", { class: "bad" }, `✗ the balance is ${number(balance)}`));
+export function equation({ user_id: user, granted, deducted, returned, balance, balanced }) {
+  return el("span", { class: "equation number", title: "granted − deducted + returned = balance", data: { testid: "equation", balanced: String(balanced) } },
+    `${user}: ${number(granted)} − ${number(deducted)} + ${number(returned)} = ${number(granted - deducted + returned)} `,
+    balanced ? tick() : el("span", { class: "bad" }, `✗ the balance is ${number(balance)}`));
 }
 
 export function drawBooks() {
@@ -147,7 +149,7 @@ function table({ users }) {
       el("tbody", {}, users.map(user => el("tr", { data: { testid: "books-user", user: user.user_id, balanced: String(user.balanced) } },
         el("th", { scope: "row" }, user.user_id ?? "everybody"),
         heads.map(head => el("td", { class: "number" }, number(user[head]))),
-        el("td", { class: "number" }, user.balanced ? el("span", { class: "good" }, "✓") : el("span", { class: "bad" }, "✗ does not")))))));
+        el("td", { class: "number" }, user.balanced ? tick() : el("span", { class: "bad" }, "✗ does not")))))));
 }
 
 function machinery(state) {
@@ -179,7 +181,9 @@ function drawMachinery() {
   const dot = (good, words) => el("span", { class: "light" },
     el("span", { class: `dot ${good ? "good" : "warn beating"}`, "aria-hidden": "true" }), words);
   const open = unsettled();
+  const fault = state.fault.kind === "none" ? [] : [dot(false, `fault: ${state.fault.kind}`)];
   const children = [
+    ...fault,
     ...state.processes.map(process => dot(isUp(process), isUp(process) ? process.name : `${process.name} restarts`)),
     dot(open === 0 && state.books?.balanced === true && !state.stale,
       open === null || state.stale ? "books out of sight" : open > 0 ? `${number(open)} under way` : state.books.balanced ? "books balance" : "books do not balance"),

@@ -89,6 +89,14 @@ export async function entriesOf(payer) {
   return latest.ok ? latest.body.transactions : null;
 }
 
+/** What an answer that is no success says, in its own words. */
+export function problemText({ status, body }) {
+  const detail = body?.detail;
+  if (typeof detail === "string") return detail;
+  if (Array.isArray(detail)) return `${status}: ${detail.map(fault => fault.msg).join("; ")}`;
+  return `The app answered ${status}.`;
+}
+
 let samplesAsked = null;
 
 /** The body of `GET /samples`, asked for once; null where there is no answer. */

@@ -2,13 +2,14 @@
 
 import { payerFor } from "./account.js";
 import { accountOf, equation, hurry, inStates, learn, next, now, onBooks, readable, unsettled, until } from "./books.js";
-import { createProducts, entriesOf, PAYERS, samples } from "./client.js";
+import { createProducts, entriesOf, PAYERS, problemText, samples } from "./client.js";
 import { ask, credits, duration, el, plural, setText, shortId, signed, sleep, statusBadge, traceLink } from "./common.js";
-import { ofRequest } from "./statement.js";
+import { isAsTold, ofRequest, sumsOf } from "./ledger.js";
 
 // The desk may show what it read this long ago.
 const SURE_AFTER_MS = 750;
 const CALM_WITHIN_MS = 15_000;
+const HURRY_FOR_MS = 30_000;
 const SHOWN_HEADERS = ["Credits-Deducted", "Credits-Refunded", "Credits-Balance", "Credits-Transaction-Id", "Retry-After"];
 
 const lessons = [];
@@ -123,9 +124,10 @@ export class Lesson {
       return;
     }
     this.element.dataset.phase = "settling";
+    const began = Date.now();
     for (;;) {
       // In this order: what is read after nothing was under way any more is all there will be.
-      await next();
+      await next(Date.now() - began < HURRY_FOR_MS);
       const calm = readable() && unsettled() === 0 && this.sent.every(request => Date.now() - request.answeredAt > SURE_AFTER_MS);
       const entries = readable() ? await entriesOf(this.sent[0].payer) : null;
       if (turn !== this.turn) return;
@@ -183,25 +185,13 @@ function answered(got) {
 
 function inWords(got) {
   if (got.down) return "The connection broke. The client has no answer, and cannot know what was charged.";
-  if (!got.ok) return typeof got.body?.detail === "string" ? got.body.detail : `The app answered ${got.status}.`;
+  if (!got.ok) return problemText(got);
   const images = got.body.products.flatMap(product => product.images);
   const good = images.filter(image => image.status === "succeeded").length;
   return `${good} of ${plural(images.length, "picture")} cut out.`;
 }
 
 // What the ledger has of it.
-
-/** Whether the ledger has what the client was told: an answer in the 200s says so itself, an error costs nothing. */
-function isAsTold({ requestId, got }, entries) {
-  const { taken, returned } = sumsOf(ofRequest(entries, requestId));
-  if (got.down) return true;
-  if (!got.ok) return taken === returned;
-  return taken === Number(got.headers.get("Credits-Deducted")) && returned === Number(got.headers.get("Credits-Refunded"));
-}
-
-function sumsOf(found) {
-  return { taken: found ? -found.entry.amount : 0, returned: (found?.returns ?? []).reduce((sum, one) => sum + one.amount, 0) };
-}
 
 function movementsOf({ requestId, payer }, entries, final) {
   const found = ofRequest(entries, requestId);

@@ -68,7 +68,7 @@ const COLUMNS = [
     ],
   },
   {
-    heading: "A wrong answer",
+    heading: "A lost or wrong answer",
     lessons: [
       {
         id: "lost",
@@ -94,7 +94,7 @@ const COLUMNS = [
     ],
   },
   {
-    heading: "On this side",
+    heading: "The app and its clients",
     lessons: [
       {
         id: "kill-app",
@@ -120,14 +120,14 @@ const COLUMNS = [
       {
         id: "empty",
         title: "An almost empty account",
-        tells: "poor has 3 credits, ten pictures cost 10. The answer is a 402 before anything runs, and the 3 are still there.",
+        tells: "The user poor was given 3 credits, and ten pictures cost 10. The answer is a 402 before anything runs, and what is there stays there.",
         actions: [{
           name: "run",
           label: "Send ten pictures as poor",
           run: async lesson => {
             lesson.say("Sending …");
             const got = await lesson.send({ user: "poor" });
-            lesson.say(got.status === 402 ? `402: nothing ran, and nothing was taken. poor has ${balanceOf("poor")}.` : "This time it was not a 402: see the answer.");
+            lesson.say(got.status === 402 ? `402: nothing ran, and nothing was taken: ${balanceOf("poor")} credits are there.` : "This time it was not a 402: see the answer.");
           },
         }],
       },

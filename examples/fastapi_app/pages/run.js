@@ -1,12 +1,15 @@
 // A run: send what is in the tray, show each picture's fate as its span comes, then the receipt.
 
 import { balanceOf, drawQuote, markSending, payer, refresh, runTo } from "./account.js";
-import { hurry } from "./books.js";
-import { createProducts, deductedIn, entriesOf, follow, picturesIn } from "./client.js";
-import { byId, credits, duration, el, plural, setText, shortId, sleep, statusBadge, traceLink } from "./common.js";
-import { lock, order, pictures, resetOutcomes, setOutcome } from "./tray.js";
+import { hurry, next, now, readable, unsettled } from "./books.js";
+import { createProducts, deductedIn, entriesOf, follow, picturesIn, problemText } from "./client.js";
+import { byId, credits, duration, el, number, plural, setText, shortId, sleep, statusBadge, traceLink } from "./common.js";
+import { isAsTold, ofRequest, sumsOf } from "./ledger.js";
+import { lock, markRefunded, order, pictures, resetOutcomes, setOutcome } from "./tray.js";
 
-const REFUND_WITHIN_MS = 60_000;
+const HURRY_FOR_MS = 30_000;
+// The desk may show what it read this long ago.
+const SURE_AFTER_MS = 750;
 
 let running = false;
 let last = 0;
@@ -56,20 +59,17 @@ function succeeded(got, receipt) {
   const images = got.body.products.flatMap(product => product.images);
   for (const image of images) setOutcome(image.id, image);
   const failed = images.filter(image => image.status !== "succeeded");
-  receipt.answered(got);
-  const fate = failed.length === 0 ? "None failed, so nothing comes back." : `${failed.map(image => image.id).join(", ")} failed: ${credits(failed.length)} ${failed.length === 1 ? "comes" : "come"} back.`;
+  const fate = failed.length === 0
+    ? "None failed, so nothing comes back."
+    : `${failed.map(image => image.id).join(", ")} failed: ${credits(failed.length)} ${failed.length === 1 ? "comes" : "come"} back.`;
   say(`${images.length - failed.length} of ${plural(images.length, "picture")} cut out. ${fate}`);
-  if (failed.length > 0) receipt.awaitRefund(got);
-  else refresh();
+  receipt.answered(got);
 }
 
 function refused(got, receipt) {
   for (const one of pictures()) setOutcome(one.id, { status: got.down ? "unknown" : "untouched" });
+  say(got.down ? "No answer: the connection broke. What was taken comes back by itself." : problemText(got));
   receipt.answered(got);
-  say(got.down
-    ? "No answer: the connection broke. What was taken comes back by itself, see the statement."
-    : got.body?.detail && typeof got.body.detail === "string" ? got.body.detail : `The app answered ${got.status}.`);
-  refresh();
 }
 
 function say(text) {
@@ -81,7 +81,6 @@ class Receipt {
   constructor(who, turn) {
     this.payer = who;
     this.turn = turn;
-    this.before = balanceOf(who.user);
     this.figures = {};
     const figure = (name, title) => {
       this.figures[name] = el("dd", { class: "number", data: { testid: `receipt-${name}`, value: "0" } }, "0");
@@ -96,6 +95,7 @@ class Receipt {
   }
 
   begin(count, traceId) {
+    this.began = Date.now();
     this.count = count;
     this.traceId = traceId;
     this.show(0, 0, 0);
@@ -112,44 +112,56 @@ class Receipt {
   }
 
   answered(got) {
-    const deducted = Number(got.headers.get("Credits-Deducted") ?? 0);
-    this.due = Number(got.headers.get("Credits-Refunded") ?? 0);
-    this.show(deducted, deducted - this.due, 0, this.due);
-    setText(this.note, this.due > 0 ? `${credits(this.due)} on the way back …` : "");
     const transaction = got.headers.get("Credits-Transaction-Id");
     const retry = got.headers.get("Retry-After");
+    this.moved = el("span", { data: { testid: "receipt-balance" } }, "…");
     const rows = [
       ["answer", [statusBadge(got.status), ` after ${duration(got.tookMs)}`]],
       retry && ["Retry-After", `${retry} s`],
-      this.before !== undefined && ["balance", el("span", { data: { testid: "receipt-balance" } }, this.moved = el("span", {}, String(this.before)))],
+      ["balance", this.moved],
       transaction && ["transaction", el("code", { title: transaction }, shortId(transaction))],
       ["request", el("code", {}, got.requestId)],
     ].filter(Boolean);
     this.facts.replaceChildren(...rows.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]));
     this.element.append(el("p", { class: "more" }, traceLink(got.traceId)));
-    const told = got.headers.get("Credits-Balance");
-    if (this.moved && deducted > 0 && told !== null) setText(this.moved, `${this.before} → ${this.before - deducted} → ${told}`);
+    if (got.ok) {
+      const deducted = Number(got.headers.get("Credits-Deducted"));
+      const due = Number(got.headers.get("Credits-Refunded"));
+      this.show(deducted, deducted - due, 0, due);
+      setText(this.note, due > 0 ? `${credits(due)} on the way back …` : "");
+    }
+    if (got.down) setText(this.note, "What was taken is on record in the app's journal. It comes back when the app is up again.");
+    this.untilFinal(got);
   }
 
-  /** The refund goes out off the response's path: wait until the ledger has it. */
-  async awaitRefund(got) {
-    const transaction = got.headers.get("Credits-Transaction-Id");
-    const until = Date.now() + REFUND_WITHIN_MS;
-    while (Date.now() < until && this.turn === last) {
-      const entries = await entriesOf(this.payer) ?? [];
-      const back = entries.filter(entry => entry.kind !== "deduction" && entry.transaction_id === transaction);
-      const returned = back.reduce((sum, entry) => sum + entry.amount, 0);
-      if (returned >= this.due) {
-        const deducted = Number(got.headers.get("Credits-Deducted"));
-        this.show(deducted, deducted - returned, returned);
-        setText(this.note, `Given back: ${back.flatMap(entry => entry.items).join(", ") || credits(returned)}. It stands in the ledger.`);
-        hurry();
-        refresh();
-        return;
-      }
-      setText(this.note, `${credits(this.due)} on the way back. The refund is on record, and tried until it is through.`);
-      await sleep(300);
+  /** Refunds and voids go out off the response's path: wait until the ledger has them, and show what it has. */
+  async untilFinal(got) {
+    while (this.turn === last) {
+      await (now.missing ? sleep(500) : next(Date.now() - this.began < HURRY_FOR_MS));
+      if (!readable()) continue;
+      const calm = now.missing || unsettled() === 0;
+      const entries = await entriesOf(this.payer);
+      if (entries === null) continue;
+      const found = ofRequest(entries, got.requestId);
+      const final = calm && isAsTold({ requestId: got.requestId, got }, entries);
+      this.inLedger(found, final, got);
+      if (final && (got.ok || Date.now() > this.began + got.tookMs + SURE_AFTER_MS)) break;
     }
+    refresh();
+  }
+
+  inLedger(found, final, got) {
+    const { taken, returned } = sumsOf(found);
+    const due = final ? 0 : (got.ok ? Number(got.headers.get("Credits-Refunded")) : taken) - returned;
+    this.show(taken, taken - returned - due, returned, due);
+    const items = (found?.returns ?? []).flatMap(back => back.items);
+    if (got.ok) markRefunded(items);
+    setText(this.note, !final
+      ? `${due > 0 ? `${credits(due)} on the way back: on record` : "On record"}, and tried until it is through.`
+      : returned > 0 ? `Given back: ${items.join(", ") || credits(returned)}. It stands in the ledger.`
+        : taken > 0 ? "It stands in the ledger." : "No entry in the ledger: nothing was taken.");
+    const steps = found ? [found.entry.balance + taken, found.entry.balance, ...found.returns.map(back => back.balance)] : [balanceOf(this.payer.user)];
+    setText(this.moved, steps.map(step => (step === undefined ? "–" : number(step))).join(" → "));
   }
 
   show(deducted, kept, refunded, coming = 0) {

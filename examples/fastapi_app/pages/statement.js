@@ -4,6 +4,7 @@ import { onAccount, payer } from "./account.js";
 import { accountOf, onBooks, readable } from "./books.js";
 import { entriesOf, traceOf } from "./client.js";
 import { byId, credits, el, number, setText, signed, traceLink, when } from "./common.js";
+import { grouped } from "./ledger.js";
 
 const SHOWN_AT_FIRST = 8;
 
@@ -11,22 +12,6 @@ let shown = null;
 let asking = false;
 let again = false;
 let whole = false;
-
-/** Deductions and grants, the newest first, each with what came back for it. */
-export function grouped(entries) {
-  const back = new Map();
-  for (const entry of entries) {
-    if (entry.kind !== "refund" && entry.kind !== "void") continue;
-    back.set(entry.transaction_id, [entry, ...(back.get(entry.transaction_id) ?? [])]);
-  }
-  return entries.filter(entry => entry.kind === "deduction" || entry.kind === "grant")
-    .map(entry => ({ entry, returns: entry.kind === "deduction" ? back.get(entry.id) ?? [] : [] }));
-}
-
-/** What was taken for a request of ours, and what came back: its entries. */
-export function ofRequest(entries, requestId) {
-  return grouped(entries).find(({ entry }) => entry.request_id === requestId) ?? null;
-}
 
 async function refresh() {
   if (asking) {

@@ -73,6 +73,13 @@ export function setOutcome(id, outcome) {
   drawOutcome(one);
 }
 
+/** Show that what was paid for these has come back, as the ledger says. */
+export function markRefunded(ids) {
+  for (const one of pictures()) {
+    if (one.outcome?.status === "failed" && ids.includes(one.id)) setOutcome(one.id, { ...one.outcome, refunded: true });
+  }
+}
+
 export function resetOutcomes() {
   for (const one of pictures()) setOutcome(one.id, null);
 }
@@ -223,20 +230,21 @@ const BADGES = {
   done: ["good", "done"],
   succeeded: ["good", "1 credit"],
   failed: ["bad", "failed"],
+  refunded: ["", "refunded"],
   unknown: ["warn", "no answer"],
   untouched: ["", "not run"],
 };
 
 function drawOutcome(one) {
   const { element, after, badge } = cards.get(one.key);
-  const { status, url, error } = one.outcome ?? { status: "ready" };
-  if (element.dataset.status === status && !url) return;
+  const { status, url, error, refunded } = one.outcome ?? { status: "ready" };
   element.dataset.status = status;
-  const [kind, words] = BADGES[status] ?? ["", ""];
+  const [kind, words] = BADGES[refunded ? "refunded" : status] ?? ["", ""];
   badge.hidden = words === "";
   badge.className = `badge ${kind}`;
   setText(badge, words);
   after.hidden = ["ready", "untouched", "unknown"].includes(status);
+  if (refunded) return; // the rest is as it was
   if (url) after.replaceChildren(el("img", { src: url, alt: `${one.id}, cut out`, decoding: "async" }));
   else after.replaceChildren(el("span", { class: "nothing" }, status === "failed" ? error ?? "failed" : status === "done" ? "✓" : "…"));
 }

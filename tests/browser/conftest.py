@@ -25,7 +25,7 @@ WAITS_MS = 30_000
 Open = Callable[..., Page]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     """One Chromium for all."""
     if CHROMIUM is None:

@@ -42,7 +42,7 @@ def _m(metric: str, **labels: str) -> str:
 
 
 def _rate(metric: str, by: str, **labels: str) -> str:
-    names = ", ".join(f"metered_billing_{name}" for name in by.split())
+    names = ", ".join(name if name == "le" else f"metered_billing_{name}" for name in by.split())
     summed = f"sum by ({names})" if by else "sum"
     return f"{summed} (rate({_m(metric, **labels)}[{_EVERY}]))"
 
@@ -50,7 +50,7 @@ def _rate(metric: str, by: str, **labels: str) -> str:
 def _quantiles(metric: str, by: str, **labels: str) -> dict[str, str]:
     """The median, and what one in a hundred takes longer than."""
     legend = " ".join(f"{{{{metered_billing_{name}}}}}" for name in by.split())
-    rates = _rate(metric, f"{by} le", **labels).replace("metered_billing_le", "le")
+    rates = _rate(metric, f"{by} le", **labels)
     return {f"p{name} {legend}": f"histogram_quantile({share}, {rates})" for name, share in ((50, 0.5), (99, 0.99))}
 
 

@@ -8,6 +8,7 @@ import yaml
 
 import metered_billing
 
+ROOT = Path(__file__).parents[2]
 DIRECTORY = Path(metered_billing.__file__).parent / "monitoring"
 ALERTS = DIRECTORY / "alerts.yml"
 DASHBOARD = DIRECTORY / "dashboard.json"

@@ -89,7 +89,6 @@ mutants: $(VENV)/.dev ## Change each line that decides about money, and see whet
 # In a font that is made for screens, where Debian has one.
 pictures: $(VENV)/.dev $(VENV)/.demo ## Take the pictures of README and docs anew, by the tests in the browser
 	$(call debian,chromium,chromium fonts-dejavu-core)
-	$(call prometheus)
 	@fc-list | grep -qi inter || apt-get -qq install -y fonts-inter >/dev/null 2>&1 || echo "· no font Inter here: the pictures will look different"
 	$(BIN)/python -m pytest -q tests/browser --pictures docs/pictures
 

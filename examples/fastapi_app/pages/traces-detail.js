@@ -132,8 +132,8 @@ export class Detail {
   }
 
   #ids(summary) {
-    this.ids.replaceChildren(...Object.entries(IDS).filter(([name]) => summary[name]).flatMap(([name, words]) =>
-      [el("dt", {}, words), el("dd", {}, el("code", {}, summary[name]), " ", copyButton(summary[name], `${words} id`), " ", find(name, summary))]));
+    this.ids.replaceChildren(...Object.entries(IDS).filter(([name]) => summary[name]).map(([name, words]) =>
+      el("div", {}, el("dt", {}, words), el("dd", {}, el("code", {}, summary[name]), " ", copyButton(summary[name], `${words} id`), " ", find(name, summary)))));
   }
 
   #panel() {

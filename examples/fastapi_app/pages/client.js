@@ -11,7 +11,19 @@ export const PAYERS = [
 
 const FOLLOW_EVERY_MS = 250;
 
+let desk = true; // until it turns out that the app runs without one
+const CIRCUIT = "circuit open until";
+
 const traces = new Map();
+
+/** Until when (ms) the app's circuit to the credits service may be open, by the last answer; 0 where it is closed. */
+export const circuitOpenUntil = () => Number(sessionStorage.getItem(CIRCUIT) ?? 0);
+
+function learnOfCircuit({ status, down, headers }) {
+  // A 402 is an answer of the service's, too. An app that starts again starts with a closed circuit.
+  if (down || status === 200 || status === 402) sessionStorage.removeItem(CIRCUIT);
+  if (status === 503) sessionStorage.setItem(CIRCUIT, String(Date.now() + 1000 * Number(headers.get("Retry-After") ?? 0)));
+}
 
 /** The trace of a request that this page has sent, by its request id. */
 export const traceOf = requestId => traces.get(requestId);
@@ -35,7 +47,10 @@ export function createProducts(order, payer) {
     traceparent: `00-${traceId}-${randomHex(8)}-01`,
   };
   const answer = ask("/create-products", { method: "POST", headers, json: order })
-    .then(got => ({ ...got, traceId, requestId, tookMs: performance.now() - began }));
+    .then(got => {
+      learnOfCircuit(got);
+      return { ...got, traceId, requestId, tookMs: performance.now() - began };
+    });
   return { traceId, requestId, answer };
 }
 
@@ -51,8 +66,9 @@ export async function follow(traceId, done, tell) {
   while (!over) {
     await sleep(FOLLOW_EVERY_MS);
     // By the list first: asking for a trace that is not here yet would be a 404 in the console.
-    const list = await ask(`/desk/traces?q=${traceId}&limit=5`);
-    if (list.status === 404) return;
+    const list = desk ? await ask(`/desk/traces?q=${traceId}&limit=5`) : { status: 404 };
+    desk = list.status !== 404;
+    if (!desk) return;
     const summary = list.body?.traces?.find(trace => trace.trace_id === traceId);
     if (over || !summary || summary.spans === seen) continue;
     const trace = await ask(`/desk/traces/${traceId}`);
@@ -82,9 +98,12 @@ export function deductedIn(trace) {
 
 /** Every entry of a user's account, the newest first; null where it cannot be read now. */
 export async function entriesOf(payer) {
-  const whole = await ask(`/desk/statement?user_id=${encodeURIComponent(payer.user)}`);
-  if (whole.ok) return whole.body.entries;
-  if (whole.status !== 404) return null;
+  if (desk) {
+    const whole = await ask(`/desk/statement?user_id=${encodeURIComponent(payer.user)}`);
+    if (whole.ok) return whole.body.entries;
+    desk = whole.status !== 404;
+    if (desk) return null;
+  }
   const latest = await ask("/me", { headers: authorization(payer) });
   return latest.ok ? latest.body.transactions : null;
 }

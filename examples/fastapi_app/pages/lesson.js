@@ -2,24 +2,19 @@
 
 import { payerFor } from "./account.js";
 import { accountOf, equation, hurry, inStates, learn, next, now, onBooks, readable, unsettled, until } from "./books.js";
-import { createProducts, entriesOf, PAYERS, problemText, samples } from "./client.js";
+import { circuitOpenUntil, createProducts, entriesOf, PAYERS, problemText, samples } from "./client.js";
 import { ask, credits, duration, el, plural, setText, shortId, signed, sleep, statusBadge, traceLink } from "./common.js";
 import { isAsTold, ofRequest, sumsOf } from "./ledger.js";
 
 // The desk may show what it read this long ago.
 const SURE_AFTER_MS = 750;
+const BROKEN = "shopping-list"; // a sample that is no picture at all
 const CALM_WITHIN_MS = 15_000;
 const HURRY_FOR_MS = 30_000;
 const SHOWN_HEADERS = ["Credits-Deducted", "Credits-Refunded", "Credits-Balance", "Credits-Transaction-Id", "Retry-After"];
 
 const lessons = [];
 let busy = false;
-let retryAt = 0; // the circuit of the app that runs now is open until then
-
-/** The app is started again, with a circuit that is closed. */
-export function forgetCircuit() {
-  retryAt = 0;
-}
 
 /** Press a switch of the desk's. */
 export async function press(path, json) {
@@ -86,10 +81,20 @@ export class Lesson {
     if ((now.state?.fault.kind ?? "none") !== "none") await switchOff();
     if (unsettled() !== 0) this.say("Waiting until the charges of the request before are final …");
     await until(() => unsettled() === 0 && readable(), CALM_WITHIN_MS);
-    for (let left = retryAt - Date.now(); left > 0; left = retryAt - Date.now()) {
+    for (let round = 0; round < 3 && circuitOpenUntil() > 0; round++) await this.closeCircuit();
+  }
+
+  /** After failures the app asks the service nothing for a while; then one request may try, and closes the circuit. */
+  async closeCircuit() {
+    for (let left = circuitOpenUntil() - Date.now(); left > 0; left = circuitOpenUntil() - Date.now()) {
       this.say(`After so many failures the app asks the service nothing for a while (its circuit is open). ${Math.ceil(left / 1000)} s to go, as Retry-After said.`);
       await sleep(Math.min(left, 1000));
     }
+    this.say("One request may try whether the service answers again: a broken picture, which costs nothing in the end …");
+    const body = await samples();
+    const images = body?.product_groups.flatMap(group => group.images).filter(image => image.id === BROKEN) ?? [];
+    await createProducts({ product_groups: [{ name: "Is it back?", images }] }, payerFor(1)).answer;
+    await until(() => unsettled() === 0 && readable(), CALM_WITHIN_MS);
   }
 
   /**
@@ -110,7 +115,6 @@ export class Lesson {
     hurry();
     request.got = await request.answer;
     request.answeredAt = Date.now();
-    if (request.got.status === 503) retryAt = Date.now() + 1000 * Number(request.got.headers.get("Retry-After") ?? 0);
     place.replaceChildren(asked(request), ...answered(request.got));
     place.dataset.status = String(request.got.status);
     return request.got;

@@ -3,7 +3,7 @@
 import { balanceOf } from "./account.js";
 import { hurry, now, onBooks } from "./books.js";
 import { byId, el, setText, sleep } from "./common.js";
-import { forgetCircuit, Lesson, press, switchOff } from "./lesson.js";
+import { Lesson, press, switchOff } from "./lesson.js";
 
 const GROUP = "Home"; // three of the samples, one of them broken
 const KILLED_AFTER_MS = 1000;
@@ -107,7 +107,6 @@ const COLUMNS = [
             lesson.say("Sending; the app has a second to live …");
             await press("/desk/kill", { process: "app", after_ms: KILLED_AFTER_MS });
             const got = await lesson.send();
-            forgetCircuit();
             if (!got.down) {
               lesson.say("This time the answer was out before the app died. What was due back is on record, and comes back all the same.");
               await sleep(KILLED_AFTER_MS);
@@ -140,12 +139,7 @@ const COLUMNS = [
           label: "Send it twice",
           run: async lesson => {
             lesson.say("Sending both …");
-            const both = () => Promise.all([lesson.send({ group: GROUP }), lesson.send({ group: GROUP })]);
-            let got = await both();
-            if (got.some(one => one.status === 503) && got.some(one => one.ok)) {
-              lesson.say("The circuit was half open after a failure before: one request was let through to try, the other turned away. Both again …");
-              got = await both();
-            }
+            const got = await Promise.all([lesson.send({ group: GROUP }), lesson.send({ group: GROUP })]);
             const charged = new Set(got.map(one => one.headers.get("Credits-Transaction-Id")).filter(Boolean)).size;
             lesson.say(charged === 2 ? "Two requests, two charges, each with a transaction of its own." : `Two requests, of which ${charged} were charged: see the answers.`);
           },

@@ -1,6 +1,6 @@
 // The account's statement: every entry of the ledger, what came back under what was taken.
 
-import { onAccount, payer } from "./account.js";
+import { balanceOf, onAccount, payer } from "./account.js";
 import { accountOf, onBooks, readable } from "./books.js";
 import { entriesOf, traceOf } from "./client.js";
 import { byId, credits, el, number, setText, signed, traceLink, when } from "./common.js";
@@ -70,7 +70,7 @@ function outcome(entry, returns) {
 export function start() {
   const look = () => {
     const account = accountOf(payer().user);
-    const seen = `${payer().user} ${account?.granted} ${account?.deducted} ${account?.returned} ${account?.balance}`;
+    const seen = `${payer().user} ${account?.granted} ${account?.deducted} ${account?.returned} ${balanceOf(payer().user)}`;
     if (seen !== shown && readable()) {
       shown = seen;
       refresh();

@@ -106,6 +106,7 @@ class Receipt {
 
   progress(deducted, done) {
     if (deducted === null) return;
+    this.deducted = deducted;
     const kept = done.filter(one => one.status === "succeeded").length;
     this.show(deducted, kept, 0, done.length - kept);
     setText(this.note, `Deducted before the work began. ${done.length - kept > 0 ? `${credits(done.length - kept)} will come back.` : ""}`);
@@ -130,6 +131,7 @@ class Receipt {
       this.show(deducted, deducted - due, 0, due);
       setText(this.note, due > 0 ? `${credits(due)} on the way back …` : "");
     }
+    if (got.down) this.show(this.deducted ?? 0, 0, 0); // what it was kept for is not known any more
     if (got.down) setText(this.note, "What was taken is on record in the app's journal. It comes back when the app is up again.");
     this.untilFinal(got);
   }

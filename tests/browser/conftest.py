@@ -38,8 +38,10 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="package")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
-    """A demo for all of these tests, one after another; its pictures are cut out by flood fill, half a second each."""
-    demo = Demo(tmp_path_factory.mktemp("demo"), METERED_BILLING_DEMO_CUTOUT="stub", METERED_BILLING_DEMO_DELAY_S="0.3")
+    """A demo for all of these tests, one after another; its pictures are cut out by flood fill, slowly."""
+    demo = Demo(
+        tmp_path_factory.mktemp("demo"), METERED_BILLING_DEMO_CUTOUT="flood", METERED_BILLING_DEMO_DELAY_S="0.15"
+    )
     demo.up()
     yield demo
     demo.end()

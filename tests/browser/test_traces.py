@@ -44,7 +44,7 @@ def test_trace_of_a_partial_refund_is_opened_and_read(open_page: Open, demo: Dem
     """What it cost, what failed, what came back and whom it was charged to; each span's numbers are there."""
     answer = send(demo)
     assert answer.headers["credits-refunded"] == "2"
-    page = open_page("/traces", viewport={"width": 1440, "height": 900})
+    page = open_page("/traces", viewport={"width": 1440, "height": 1060})
     row = page.get_by_test_id("trace-row").filter(has_text="POST /create-products").first
     expect(row).to_contain_text("200")
     row.get_by_role("link").click()
@@ -60,6 +60,7 @@ def test_trace_of_a_partial_refund_is_opened_and_read(open_page: Open, demo: Dem
     expect(attributes.first).to_contain_text(answer.headers["credits-transaction-id"])
     links = page.get_by_test_id("links")
     expect(links).to_contain_text("refund of the deduction")
+    page.get_by_test_id("trace").evaluate("element => element.scrollTo(0, 0)")
     picture(page, "trace")
     # And back: the deduction says what came of it.
     links.get_by_role("link").click()
@@ -114,8 +115,8 @@ def test_charge_of_a_killed_app_is_followed_to_where_it_was_settled(open_page: O
     killed = page.get_by_test_id("trace-row").filter(has_text="process died").first
     killed.get_by_role("link").click()
     told = page.get_by_test_id("story")
-    expect(told).to_contain_text(f"app pid {pid} had served the request")
-    expect(told).to_contain_text("10 credits came back")
+    expect(told).to_contain_text(f"app pid {pid} died before the answer")
+    expect(told).to_contain_text("Yes: by app pid")
     expect(page.get_by_test_id("orphans")).to_be_visible()
     page.get_by_test_id("related").get_by_role("link").first.click()
     expect(page.get_by_test_id("waterfall")).to_contain_text("metered_billing.recover")

@@ -37,10 +37,14 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="package")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
-    """A demo for all of these tests, one after another; its pictures are cut out by flood fill, slowly."""
+def demo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+    """A demo for all of these tests, one after another; its pictures are cut out by flood fill, slowly.
+
+    For the docs' pictures by the model, as its users see it.
+    """
+    cutout = "flood" if request.config.getoption("--pictures") is None else ""
     demo = Demo(
-        tmp_path_factory.mktemp("demo"), METERED_BILLING_DEMO_CUTOUT="flood", METERED_BILLING_DEMO_DELAY_S="0.15"
+        tmp_path_factory.mktemp("demo"), METERED_BILLING_DEMO_CUTOUT=cutout, METERED_BILLING_DEMO_DELAY_S="0.15"
     )
     demo.up()
     yield demo

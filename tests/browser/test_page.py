@@ -106,9 +106,9 @@ def test_lost_replies_and_500s_take_the_credits_once(open_page: Open) -> None:
         assert told.locator("[data-kind=deduction]").count() <= 1
 
 
-def test_app_killed_at_work_gives_everything_back(open_page: Open, demo: Demo) -> None:
+def test_app_killed_at_work_gives_everything_back(open_page: Open, demo: Demo, picture: Shoot) -> None:
     """The client gets no answer; the app is up again by itself, and the ten credits are back."""
-    page = open_page("/", expect_outage=True)
+    page = open_page("/", expect_outage=True, viewport={"width": 1280, "height": 900})
     pid = demo.pid("app")
     told = lesson(page, "kill-app")
     expect(told.get_by_test_id("lesson-kill-app-answer")).not_to_have_attribute("data-status", "200")
@@ -116,6 +116,8 @@ def test_app_killed_at_work_gives_everything_back(open_page: Open, demo: Demo) -
     assert demo.pid("app") != pid
     expect(page.get_by_test_id("process-app")).to_have_attribute("data-up", "true")
     expect(page.get_by_test_id("unsettled")).to_have_attribute("data-count", "0")
+    page.get_by_test_id("books").evaluate("element => element.scrollIntoView()")
+    picture(page, "lessons")
 
 
 def test_same_request_twice_is_two_charges(open_page: Open) -> None:
@@ -128,14 +130,13 @@ def test_same_request_twice_is_two_charges(open_page: Open) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_page_fits_a_phone(open_page: Open, scheme: str, picture: Shoot) -> None:
+def test_page_fits_a_phone(open_page: Open, scheme: str) -> None:
     """Nothing is wider than the screen, before and after a run."""
     page = open_page("/", viewport={"width": 360, "height": 740}, color_scheme=scheme, has_touch=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     page.get_by_test_id("samples").click()
     expect(page.get_by_test_id("picture")).to_have_count(10)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    picture(page, f"phone-{scheme}")
 
 
 def test_page_is_used_by_keyboard_alone(open_page: Open, demo: Demo) -> None:

@@ -97,7 +97,9 @@ def test_lost_reply_is_told_as_a_retry_under_one_key(open_page: Open, demo: Demo
     expect(page.get_by_test_id("span-row").filter(has_text="metered_billing.ledger.deduct")).to_have_count(2)
 
 
-def test_charge_of_a_killed_app_is_followed_to_where_it_was_settled(open_page: Open, demo: Demo) -> None:
+def test_charge_of_a_killed_app_is_followed_to_where_it_was_settled(
+    open_page: Open, demo: Demo, picture: Picture
+) -> None:
     """The trace of the request says by which process; the link leads to the recovery, and back."""
     pid = demo.pid("app")
     again = "the app process is up again"
@@ -111,13 +113,14 @@ def test_charge_of_a_killed_app_is_followed_to_where_it_was_settled(open_page: O
     with pytest.raises(httpx.TransportError):
         send(demo)
     demo.says(again, times=times)
-    page = open_page("/traces", expect_outage=True)
+    page = open_page("/traces", expect_outage=True, viewport={"width": 1440, "height": 800}, color_scheme="dark")
     killed = page.get_by_test_id("trace-row").filter(has_text="process died").first
     killed.get_by_role("link").click()
     told = page.get_by_test_id("story")
     expect(told).to_contain_text(f"app pid {pid} died before the answer")
     expect(told).to_contain_text("Yes: by app pid")
     expect(page.get_by_test_id("orphans")).to_be_visible()
+    picture(page, "trace-killed")
     page.get_by_test_id("related").get_by_role("link").first.click()
     expect(page.get_by_test_id("waterfall")).to_contain_text("metered_billing.recover")
     page.go_back()

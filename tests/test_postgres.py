@@ -424,3 +424,15 @@ async def test_commit_whose_answer_is_lost_is_unknown_and_never_run_twice(
     way.close()
     assert len(runs) == 1
     assert await notes(database) == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+async def test_durable_commits_are_told(pg_url: str) -> None:
+    """What the server need not have on disk when it answers is not."""
+    told: list[int] = []
+    database = PostgresDatabase(pg_url, Runtime(), committed=lambda size, took: told.append(size))
+    await database.run(lambda connection: connection.execute("SELECT 1") and 1, durable=False)
+    await database.run(lambda connection: connection.execute("SELECT 1") and 1)
+    assert told == [1]
+    await database.close()
+    database.shutdown()

@@ -369,3 +369,66 @@ async def test_file_that_is_let_go_of_is_closed(tmp_path: Path) -> None:
     gc.collect()
     with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
         connection.execute("SELECT 1")
+
+
+async def test_durable_commits_are_told_with_their_size_and_duration(tmp_path: Path, executor: Any) -> None:
+    """What was not synced to disk is not; what nobody waits for counts."""
+    told: list[tuple[int, float]] = []
+    now = 0.0
+
+    def tick() -> float:
+        nonlocal now
+        now += 0.25
+        return now
+
+    file = SqliteFile(
+        tmp_path / "notes.db", SCHEMA, executor, committed=lambda size, took: told.append((size, took)), clock=tick
+    )
+    entered, go_on = threading.Event(), threading.Event()
+
+    def wait(connection: sqlite3.Connection) -> None:
+        entered.set()
+        go_on.wait(10)
+
+    waiting = file.run(wait)
+    await asyncio.to_thread(entered.wait, 10)
+    together = [file.run(note(1)), file.run(note(2), durable=False)]
+    file.post(note(3))
+    go_on.set()
+    await asyncio.gather(waiting, *together)
+    await file.run(note(4), durable=False)
+    assert told == [(1, 0.25), (3, 0.25)]
+    await file.close()
+
+
+async def test_failed_operation_is_no_commit(tmp_path: Path, executor: Any) -> None:
+    """Its neighbours commit one by one then, and each is told."""
+    told: list[int] = []
+    file = SqliteFile(tmp_path / "notes.db", SCHEMA, executor, committed=lambda size, took: told.append(size))
+    entered, go_on = threading.Event(), threading.Event()
+
+    def wait(connection: sqlite3.Connection) -> None:
+        entered.set()
+        go_on.wait(10)
+
+    waiting = file.run(wait)
+    await asyncio.to_thread(entered.wait, 10)
+    writes = [file.run(note(1)), file.run(note(1)), file.run(note(2))]
+    go_on.set()
+    await waiting
+    results = await asyncio.gather(*writes, return_exceptions=True)
+    assert [isinstance(result, Exception) for result in results] == [False, True, False]
+    assert told == [1, 1, 1]
+    await file.close()
+
+
+async def test_whoever_measures_commits_cannot_break_them(tmp_path: Path, executor: Any) -> None:
+    """A caller is answered whatever the measurement does."""
+
+    def measure(size: int, took: float) -> None:
+        raise ZeroDivisionError
+
+    file = SqliteFile(tmp_path / "notes.db", SCHEMA, executor, committed=measure)
+    assert await file.run(note(1)) == 1
+    assert await file.run(note(2)) == 2
+    await file.close()

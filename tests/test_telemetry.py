@@ -1,13 +1,19 @@
 """Telemetry: a span and a log line for every credit operation, with the ids that somebody looks for."""
 
 import asyncio
+import io
+import json
 import logging
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 import structlog
 from opentelemetry import trace
+from opentelemetry.metrics._internal import _ProxyMeterProvider
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.trace import StatusCode
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -16,9 +22,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from structlog.testing import capture_logs
 
-from metered_billing import MeteredBillingMiddleware, metered, names, settled
+from metered_billing import HttpCredits, MeteredBillingMiddleware, metered, names, settled
+from metered_billing.biller import Biller
+from metered_billing.credits import http as http_credits
+from metered_billing.credits.contract import Contract
+from metered_billing.journal.sqlite import SqliteJournal
+from metered_billing.outcomes import Paid
+from metered_billing.service import Tokens, create_app
 from metered_billing.telemetry import Telemetry
-from tests.stand import GRANTED, Connection, Stand, lifespan
+from tests.faults import Faulty
+from tests.stand import ANN, GRANTED, Connection, Stand, lifespan
 
 
 def app_with(bench: Stand, *, cost: int = 10, good: int = 8, bad: int = 2) -> Starlette:
@@ -87,6 +100,20 @@ async def test_charge_span_of_a_decline_is_marked(bench: Stand) -> None:
     assert deduct.status.status_code is StatusCode.ERROR
 
 
+async def test_charge_that_is_cancelled_before_it_is_paid_is_marked(bench: Stand) -> None:
+    """The route did not run: in the same words as the deduction below it."""
+    biller = Biller(bench.credits, SqliteJournal(bench.directory / "journal"), telemetry=bench.telemetry)
+    await biller.start()
+    task = asyncio.ensure_future(biller.deduct(ANN, Paid(1)))
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    await settled()
+    await biller.drain(1)
+    for name in (names.SPAN_CHARGE, names.SPAN_DEDUCT):
+        assert spans(bench)[name].attributes["error.type"] == "cancelled"
+
+
 async def test_operation_that_is_cancelled_or_fails_is_marked(bench: Stand) -> None:
     """OpenTelemetry would leave the one UNSET and the other without an error type."""
     for error, kind in ((asyncio.CancelledError(), "cancelled"), (KeyError("x"), "KeyError")):
@@ -134,11 +161,67 @@ async def test_unsettled_charges_are_counted_by_state(bench: Stand) -> None:
 
 
 def test_breaker_and_anomalies_are_counted(bench_sync: Stand) -> None:
-    """Each change of the breaker, and each charge that somebody should look at."""
-    bench_sync.telemetry.breaker_changed("open")
+    """Each change of the breaker, its state, and each charge that somebody should look at."""
+    for number, state in ((0, "closed"), (2, "open"), (1, "half-open")):
+        bench_sync.telemetry.breaker_changed(state)
+        assert data_points(bench_sync, "metered_billing.breaker.state")[()].value == number
     bench_sync.telemetry.log(names.LOG_DISPUTED)
     assert data_points(bench_sync, "metered_billing.breaker.changes")[("open",)].value == 1
     assert data_points(bench_sync, "metered_billing.anomalies")[(names.LOG_DISPUTED,)].value == 1
+
+
+@pytest.mark.parametrize(
+    ("error_type", "outcome"),
+    [
+        ("ok", "ok"),
+        ("unanswered", "unanswered"),
+        ("429", "4xx"),
+        ("503", "5xx"),
+        ("600", "error"),
+        ("ConnectError", "notsent"),
+        ("PoolTimeout", "notsent"),
+        ("ReadTimeout", "timeout"),
+        ("RemoteProtocolError", "error"),
+        ("SomethingOfTheUsers", "error"),
+    ],
+)
+def test_outcomes_of_metrics_are_few(bench_sync: Stand, error_type: str, outcome: str) -> None:
+    """Whatever is raised, or answered, makes no time series of its own."""
+    bench_sync.telemetry.measured("attempt", error_type, 0.1)
+    assert list(data_points(bench_sync, names.METRIC_DURATION)) == [("attempt", outcome)]
+
+
+def test_histograms_have_buckets_of_their_own(bench_sync: Stand) -> None:
+    """The SDK's are made for milliseconds: all that we do would be in the first."""
+    bench_sync.telemetry.measured("deduct", "ok", 0.0007)
+    bench_sync.telemetry.committed("journal")(3, 0.3)
+    for name, bounds, value in (
+        (names.METRIC_DURATION, names.SECONDS, 0.0007),
+        (names.METRIC_COMMIT_DURATION, names.SECONDS, 0.3),
+        (names.METRIC_COMMIT_SIZE, names.SIZES, 3),
+    ):
+        (point,) = data_points(bench_sync, name).values()
+        assert point.explicit_bounds == bounds
+        assert bounds[0] < value < bounds[-1]
+
+
+def test_counters_begin_at_zero_with_a_provider_that_is_set_late() -> None:
+    """After the middleware was made, as apps do in their start-up."""
+    provider = _ProxyMeterProvider()
+    telemetry = Telemetry(meter_provider=provider)
+    reader = InMemoryMetricReader()
+    provider.on_set_meter_provider(MeterProvider([reader]))
+    telemetry.start()
+    data = reader.get_metrics_data()
+    assert data is not None
+    counters = {metric.name: metric.data for metric in data.resource_metrics[0].scope_metrics[0].metrics}
+    assert {name: len(counter.data_points) for name, counter in counters.items()} == {
+        names.METRIC_CREDITS: 4,
+        names.METRIC_RETRIES: 3,
+        names.METRIC_ANOMALIES: 10,
+        names.METRIC_BREAKER_CHANGES: 3,
+        names.METRIC_RECOVERY_ROUNDS: 2,
+    }
 
 
 @pytest.fixture
@@ -217,3 +300,116 @@ def test_log_of_an_error_carries_it(configured: None) -> None:
     with capture_logs() as logs:
         Telemetry().log(names.LOG_JOURNAL_FAILED, exc_info=error)
     assert logs == [{"event": names.LOG_JOURNAL_FAILED, "log_level": "critical", "exc_info": error}]
+
+
+# As apps configure structlog.
+
+SECRET = "hunter2-hunter2"
+
+
+def as_json(locals_shown: bool) -> list[Any]:
+    shown = structlog.tracebacks.ExceptionDictTransformer(show_locals=locals_shown)
+    return [structlog.processors.ExceptionRenderer(shown), structlog.processors.JSONRenderer()]
+
+
+def as_text(tracebacks: Any) -> list[Any]:
+    return [structlog.dev.ConsoleRenderer(colors=False, exception_formatter=tracebacks)]
+
+
+RENDERERS = {
+    "JSON": as_json(False),
+    "JSON with locals": as_json(True),
+    "console": as_text(structlog.dev.plain_traceback),
+    "console with locals": as_text(structlog.dev.rich_traceback),
+}
+
+
+@pytest.fixture
+def written(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
+    """What a real configuration writes."""
+    written = io.StringIO()
+    structlog.configure(
+        processors=[structlog.processors.add_log_level, *RENDERERS[request.param]],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(written),
+        cache_logger_on_first_use=False,
+    )
+    yield written
+    structlog.reset_defaults()
+
+
+class Broken(Contract):
+    """A user's own, with a bug that shows what it is given."""
+
+    def read_deduction(self, record: Any, reply: Any) -> Any:
+        raise RuntimeError(f"{reply.status}")
+
+
+def broken_reader(received: bytes) -> Any:
+    raise RuntimeError("a bug of ours, just after the call")
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "JSON",
+        "JSON with locals",
+        "console",
+        pytest.param("console with locals", marks=pytest.mark.slow),
+    ],
+    indirect=True,
+)
+async def test_secrets_are_in_no_log(bench: Stand, written: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the token, whatever fails, and not where tracebacks show local variables; nor what the client sent."""
+    service = create_app(bench.credits.ledger, Tokens({SECRET: "*"}))
+    line = Faulty(httpx.ASGITransport(service))
+
+    async def one(faults: list[str], **options: Any) -> None:
+        line.faults = faults
+        client = HttpCredits("http://credits", token=SECRET, transport=line, telemetry=bench.telemetry, **options)
+        app = Starlette(
+            routes=[Route("/work", metered(cost=2)(work), methods=["POST"])],
+            middleware=[Middleware(MeteredBillingMiddleware, **bench.options(credits=client))],
+        )
+        async with lifespan(app):
+            connection = Connection(app, "/work", body=b"the client's own words")
+            connection.scope["headers"].append((b"authorization", b"Bearer the-clients-own-secret"))
+            await connection.run()
+            await settled()
+
+    async def work(request: Request) -> Response:
+        await request.body()
+        return JSONResponse({"results": [{"status": "ok", "text": "for the client's eyes"}, {"status": "failed"}]})
+
+    await one(["ok", "ok"])
+    await one(["lost reply", "500 after", "ok", "500"])
+    await one(["refused"], attempts=1)
+    await one(["ok"], contract=Broken())
+    with monkeypatch.context() as patch:
+        patch.setattr(http_credits, "read_json", broken_reader)
+        await one(["ok"])
+    text = written.getvalue()
+    assert text.count(names.LOG_COST_COMPUTED) == 5
+    assert text.count(names.LOG_MISCONFIGURED) == 5  # twice for each deduction, and for a void
+    assert "a bug of ours" in text
+    for secret in (SECRET, "the-clients-own-secret", "the client's own words", "for the client's eyes"):
+        assert secret not in text
+
+
+@pytest.mark.parametrize("written", ["JSON", "console"], indirect=True)
+async def test_each_operation_is_one_line(bench: Stand, written: io.StringIO) -> None:
+    """With the ids of its span, whichever way an app has its lines."""
+    await run(bench)
+    lines = written.getvalue().splitlines()
+    events = [names.LOG_COST_COMPUTED, names.LOG_DEDUCTED, names.LOG_REFUNDED, names.LOG_SETTLED]
+    assert len(lines) == len(events)
+    made = {trace.format_span_id(span.context.span_id) for span in bench.spans if span.context is not None}
+    for line, event in zip(lines, events, strict=True):
+        assert event in line
+        assert "req-1" in line
+        if line.startswith("{"):
+            fields = json.loads(line)
+            assert (fields["event"], fields["level"], fields["amount"]) == (event, "info", 10)
+            assert fields["span_id"] in made
+        else:
+            assert any(f"span_id={span_id}" in line for span_id in made)

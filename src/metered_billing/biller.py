@@ -203,7 +203,8 @@ class Biller:
             if not isinstance(error, BillingError | asyncio.CancelledError):
                 self._settler.leave(record)  # a bug of ours: what is on record is recovered
             span.set_attribute(names.OUTCOME, "not run")
-            span.set_attribute(names.ERROR_TYPE, type(error).__qualname__)
+            cancelled = isinstance(error, asyncio.CancelledError)
+            span.set_attribute(names.ERROR_TYPE, "cancelled" if cancelled else type(error).__qualname__)
             span.end()
             raise
 

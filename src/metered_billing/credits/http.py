@@ -281,8 +281,6 @@ class HttpCredits:
         connections = await self._connections()
         with self._telemetry.attempt(call.method, str(url), url.host, port, resend, operation) as span:
             propagate(headers)
-            if self._token is not None:
-                headers["Authorization"] = f"Bearer {self._token.get_secret_value()}"
             try:
                 # httpx's own timeouts are for each read and write: a trickling reply outlasts them all.
                 async with asyncio.timeout(timeout_s) as whole, connections.one(timeout_s / 2) as transport:
@@ -294,7 +292,7 @@ class HttpCredits:
                         url,
                         content=content,
                         params=call.params,
-                        headers=headers,
+                        headers={**headers, **self._authorization()},
                         extensions={"timeout": timeout.as_dict()},
                     )
                     status, reply_headers, received = await fetch(transport, request)
@@ -313,6 +311,10 @@ class HttpCredits:
             if status in (401, 403):
                 self._telemetry.log(names.LOG_REJECTED, status=status, server=url.host)
             return reply
+
+    def _authorization(self) -> dict[str, str]:
+        """In no variable of whoever calls it: tracebacks in logs may show those."""
+        return {} if self._token is None else {"Authorization": f"Bearer {self._token.get_secret_value()}"}
 
     async def _connections(self) -> Connections:
         loop = asyncio.get_running_loop()

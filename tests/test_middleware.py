@@ -731,6 +731,28 @@ async def test_unwritable_journal_without_a_lifespan_is_answered_503(bench: Stan
     assert await bench.moves() == []
 
 
+async def test_trace_says_why_nothing_could_be_opened(bench: Stand, caplog: pytest.LogCaptureFixture) -> None:
+    """Whose request it was, what it would have cost, and why it was 503; the log line has the span's id."""
+    (bench.directory / "file").write_text("")
+    await Connection(app_with(bench, ten(Response()), journal=bench.directory / "file" / "journal"), "/work").run()
+    charge, span = bench.spans
+    assert (charge.name, span.name) == ("metered_billing.charge", "metered_billing.deduct")
+    assert dict(charge.attributes or {})["metered_billing.outcome"] == "not run"
+    assert span.parent == charge.context
+    attributes = dict(span.attributes or {})
+    assert "no journal can be kept" in str(attributes.pop("metered_billing.reason"))
+    assert attributes == {
+        "metered_billing.tenant.id": "acme",
+        "metered_billing.user.id": "ann",
+        "metered_billing.amount": 10,
+        "metered_billing.units": 10,
+        "metered_billing.outcome": "notsent",
+        "error.type": "notsent",
+    }
+    assert span.context is not None
+    assert f"{span.context.span_id:016x}" in caplog.text
+
+
 async def test_shutdown_waits_for_refunds(bench: Stand) -> None:
     """`lifespan.shutdown.complete` goes on only when what was under way is settled."""
 

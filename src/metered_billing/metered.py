@@ -229,7 +229,8 @@ class Terms:
         try:
             await billing.biller.start()  # without a lifespan, nobody has
         except Exception as error:
-            billing.telemetry.log(names.LOG_UNAVAILABLE, exc_info=error, endpoint=self._name)
+            with billing.telemetry.not_begun(account, paid.amount_credits, paid.units, str(error)):
+                billing.telemetry.log(names.LOG_UNAVAILABLE, exc_info=error, endpoint=self._name)
             raise CreditsUnavailable(1) from error
         return await billing.biller.deduct(
             account, paid, request_id=exchange.request_id, metadata={"endpoint": self._name[:255]}

@@ -23,7 +23,7 @@ from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from metered_billing import names
-from metered_billing.charge import FINAL, Record, State
+from metered_billing.charge import FINAL, Account, Record, State
 from metered_billing.commits import Committed
 
 _LEVELS: Final[Mapping[str, int]] = {
@@ -157,6 +157,18 @@ class Telemetry:
             name, context, attributes=_attributes(record) if record is not None else None, links=links
         )
         return Operation(span, name.rpartition(".")[2], self)
+
+    def not_begun(self, account: Account, amount: int, units: int, reason: str) -> "Operation":
+        """The spans of a charge that could not even begin, because nothing could be opened: why it was 503."""
+        attributes: dict[str, str | int] = {**_payer(account), names.AMOUNT: amount, names.UNITS: units}
+        ended = {names.OUTCOME: "not run", names.ERROR_TYPE: "CreditsUnavailable"}
+        charge = self._tracer.start_span(names.SPAN_CHARGE, attributes={**attributes, **ended})
+        charge.end()
+        deduct = self._tracer.start_span(names.SPAN_DEDUCT, trace.set_span_in_context(charge), attributes=attributes)
+        operation = Operation(deduct, "deduct", self)
+        operation.failed("notsent", reason)
+        operation.span.set_attribute(names.REASON, reason)
+        return operation
 
     def attempt(self, method: str, url: str, server: str, port: int, resend: int, operation: str) -> "Operation":
         """A client span for one HTTP attempt.
@@ -337,15 +349,18 @@ def shown_items(record: Record) -> list[str]:
     return list(record.refund_items[: names.ITEMS_SHOWN])
 
 
+def _payer(account: Account) -> dict[str, str]:
+    user = {} if account.user_id is None else {names.USER_ID: account.user_id}
+    return {names.TENANT_ID: account.tenant_id, **user}
+
+
 def _attributes(record: Record) -> dict[str, str | int]:
     attributes: dict[str, str | int] = {
         names.CHARGE_ID: record.id,
-        names.TENANT_ID: record.account.tenant_id,
+        **_payer(record.account),
         names.AMOUNT: record.amount_credits,
         names.UNITS: record.units,
     }
-    if record.account.user_id is not None:
-        attributes[names.USER_ID] = record.account.user_id
     if record.request_id is not None:
         attributes[names.REQUEST_ID] = record.request_id
     if record.transaction_id is not None:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import socket
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
@@ -51,8 +52,11 @@ STUCK_AFTER_S = 9.0
 LOOK_EVERY_S = 1.0
 """How often it is looked whether one is."""
 
-TRIES = 3
+TRIES = 5
 """How often a transaction is tried that another one got in the way of."""
+
+PAUSE_S = 0.02
+"""The most that is waited before the second try; the double before each further one."""
 
 _BEGIN: Final = (
     "BEGIN ISOLATION LEVEL READ COMMITTED;"
@@ -124,9 +128,11 @@ class PostgresDatabase(GroupCommit[Connection]):
     # Below: in the thread.
 
     def _transaction(self, batch: list[Waiting[Connection]]) -> list[Outcome]:
-        for _ in range(TRIES - 1):
+        for tried in range(TRIES - 1):
             with contextlib.suppress(*IN_THE_WAY):
                 return self._try(batch)
+            # At once, on a busy machine, it would take the lock again that the other one was waiting for.
+            time.sleep(self._runtime.random.uniform(0, PAUSE_S * 2**tried))
         return self._try(batch)
 
     def _try(self, batch: list[Waiting[Connection]]) -> list[Outcome]:

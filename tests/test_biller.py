@@ -286,6 +286,8 @@ def test_all_succeeded_sends_nothing_more(world: World, caplog: pytest.LogCaptur
     outcome(world, conclude(world, Reported(10)), release(world, Reported(10)))
     (whole,) = world.spans(SPAN_CHARGE)
     assert whole.context is not None
+    assert not dict(whole.attributes or {}).keys() & {"metered_billing.reason", "metered_billing.items"}
+    assert [record for record in caplog.records if record.name.startswith("opentelemetry")] == []  # no empty attribute
     (told,) = [record for record in caplog.records if record.getMessage().startswith("charge.settled")]
     assert f'"{whole.context.trace_id:032x}"' in told.getMessage()
     assert [name for name, _ in world.bank.calls] == ["deduct"]

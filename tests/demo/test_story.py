@@ -1,12 +1,12 @@
 """From a trace's spans alone, people are told what a request cost, what failed, what came back, and why."""
 
 from examples.fastapi_app.desk import spans, traces
-from examples.fastapi_app.desk.story import BELONGS, CAME_BACK, COST, FAILED, LATER, RETRIED, WHOM, WHY
+from examples.fastapi_app.desk.story import BELONGS, CAME_BACK, COST, FAILED, HOW_MANY, LATER, RETRIED, WHOM, WHY
 from opentelemetry.trace import Span, SpanKind
 
 from metered_billing import names
 
-from .spans import APP_AGAIN, Scene, prefixed
+from .spans import APP_AGAIN, Scene, prefixed, remote
 
 
 def deducted(scene: Scene, request: Span) -> tuple[Span, Span]:
@@ -328,6 +328,18 @@ def test_story_killed_before_its_first_span_is_told_from_the_services() -> None:
     assert scene.summary(deduct)["trouble"] == ["process died"]
     assert "10 credits: the deduction had happened, and was voided." in scene.answers(deduct)[LATER]
     assert scene.answers(deduct)[WHOM] == "demo/alice; no transaction is known."
+
+
+def test_story_of_two_requests_in_one_trace_says_so() -> None:
+    """Nobody takes the answers about one of them for answers about both."""
+    scene = Scene()
+    page = scene.begin("the page's own")
+    for at_ms in (0, 500):
+        request = scene.request(at_ms, parent=remote(page))
+        charge, _ = deducted(scene, request)
+        scene.end(charge, at_ms + 90, **prefixed({"outcome": "settled", "kept": 10, "refunded": 0}))
+        answered(scene, request, 200)
+    assert scene.answers(request)[HOW_MANY].startswith("2: ")
 
 
 def test_story_without_a_charge() -> None:

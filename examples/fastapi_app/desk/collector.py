@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from .spans import Span
 
 MAX_TRACES = 1_000
-MAX_SPANS = 50_000
-MAX_BYTES = 32 << 20
-"""What is kept at the most, in all. A span takes a few times in memory what it took on the wire."""
+MAX_SPANS = 20_000
+MAX_BYTES = 16 << 20
+"""What is kept at the most, in all: about 60 MB, for a span takes a few times in memory what it took on the wire."""
 
 MAX_SPANS_OF_A_TRACE = 2_000
 """More than that of one trace are not kept: nobody reads them, and one trace must not drive out all others."""

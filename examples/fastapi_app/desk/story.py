@@ -8,6 +8,7 @@ from .traces import (
     AMOUNT,
     BALANCE,
     CHARGE_ID,
+    DEDUCT,
     ERROR,
     ITEMS,
     KEPT,
@@ -32,6 +33,7 @@ from .traces import (
     Facts,
 )
 
+HOW_MANY = "How many requests are these?"
 COST = "What did this request cost?"
 FAILED = "What failed?"
 CAME_BACK = "What came back?"
@@ -56,6 +58,8 @@ def _told(facts: Facts) -> Iterator[tuple[str, str]]:
         else:
             yield from _of_no_charge(facts)
         return
+    if (charges := len(facts.named(DEDUCT))) > 1:
+        yield HOW_MANY, f"{charges}: their callers gave them one trace id. What follows is of the first."
     yield COST, _cost(facts)
     yield FAILED, _failed(facts)
     yield CAME_BACK, _came_back(facts)

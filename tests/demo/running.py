@@ -95,7 +95,7 @@ class Demo:
 
     def up(self) -> str:
         """Wait until it is up; what it has printed."""
-        return self.says("Ctrl-C stops both.")
+        return self.says("Ctrl-C stops both.", within_s=120)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send it a signal, as a terminal does to the whole group for Ctrl-C; its exit code."""

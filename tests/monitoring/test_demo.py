@@ -61,7 +61,7 @@ def test_panels_show_the_demo_under_faults(tmp_path: Path) -> None:
         def scraped() -> bool:
             try:
                 return len(query("up == 1")) == 2
-            except httpx.TransportError:
+            except (httpx.TransportError, ValueError):  # it says so in words while it starts
                 return False
 
         eventually(scraped, 30, "both are scraped")

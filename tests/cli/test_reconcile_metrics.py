@@ -1,5 +1,6 @@
 """`reconcile --metrics`: numbers for node_exporter's textfile collector."""
 
+import os
 import re
 import stat
 import time
@@ -67,6 +68,31 @@ def test_file_that_cannot_be_written_is_a_sentence(run: Any) -> None:
     done = run("reconcile", "--metrics", "nowhere/x.prom", CREDITS=LEDGER)
     assert (done.code, done.out[:13]) == (1, "0 differences")
     assert done.err == "metered-billing: --metrics: nowhere/x.prom cannot be written: No such file or directory.\n"
+
+
+def test_device_is_left_alone(run: Any) -> None:
+    """Renamed over by root, /dev/null would be a file from then on."""
+    used()
+    os.mkfifo("pipe")
+    done = run("reconcile", "--metrics", "pipe", CREDITS=LEDGER)
+    assert (done.code, done.err) == (1, "metered-billing: --metrics: pipe is no file.\n")
+    assert Path("pipe").is_fifo()
+
+
+def test_link_is_followed(run: Any) -> None:
+    """What it points to is what is collected."""
+    used()
+    FILE.symlink_to("real.prom")
+    assert run("reconcile", "--metrics", str(FILE), CREDITS=LEDGER).code == 0
+    assert FILE.is_symlink()
+    assert numbers()[textfile.CHARGES] == 3
+
+
+def test_empty_name_is_refused(run: Any) -> None:
+    """It comes of a variable that is not set."""
+    used()
+    done = run("reconcile", "--metrics", "", CREDITS=LEDGER)
+    assert (done.code, done.err) == (2, "metered-billing: --metrics names no file.\n")
 
 
 def test_journal_with_quotes_in_its_name_is_still_a_label(tmp_path: Path) -> None:

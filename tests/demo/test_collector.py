@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import math
 
 import pytest
 from examples.fastapi_app.desk.collector import MAX_SPANS_OF_A_TRACE, MAX_WAITING, Collector
@@ -94,7 +95,10 @@ def test_decode_keeps_what_was_sent() -> None:
     scene = Scene()
     target = scene.begin("target")
     sent = scene.begin(
-        "sent", at_ms=1.5, link=target, attributes={"a": "x" * (MAX_TEXT + 1), "b": 1, "c": 2.5, "d": True, "e": ["f"]}
+        "sent",
+        at_ms=1.5,
+        link=target,
+        attributes={"a": "x" * (MAX_TEXT + 1), "b": 1, "c": 2.5, "d": True, "e": ["f"], "g": math.nan},
     )
     sent.add_event("happened", {"why": "because"}, timestamp=7)
     scene.end(sent, 3, error="broken")
@@ -104,7 +108,7 @@ def test_decode_keeps_what_was_sent() -> None:
     assert (found.name, found.kind, found.status, found.message) == ("sent", "internal", "error", "broken")
     assert found.end_ns - found.start_ns == 1_500_000
     assert (found.service, found.pid, found.parent_id) == ("app", 101, None)
-    assert found.attributes == {"a": "x" * MAX_TEXT + "…", "b": 1, "c": 2.5, "d": True, "e": ["f"]}
+    assert found.attributes == {"a": "x" * MAX_TEXT + "…", "b": 1, "c": 2.5, "d": True, "e": ["f"], "g": "nan"}
     assert list(found.links) == [(trace_id(target), span_id(target))]
     (event,) = found.events
     assert (event.name, event.at_ns, event.attributes) == ("happened", 7, {"why": "because"})

@@ -3,6 +3,7 @@
 https://opentelemetry.io/docs/specs/otlp/#otlphttp
 """
 
+import math
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -114,6 +115,8 @@ def _value(value: AnyValue) -> Any:
         return _attributes(value.kvlist_value.values)
     if kind == "bytes_value":
         return _short(value.bytes_value.hex())
+    if kind == "double_value" and not math.isfinite(value.double_value):
+        return str(value.double_value)  # JSON has no such number
     return getattr(value, kind) if kind else None
 
 

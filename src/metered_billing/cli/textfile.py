@@ -35,11 +35,17 @@ def write(path: Path, journal: str, values: Mapping[str, float]) -> None:
     Raises:
         Failure: It cannot be written.
     """
+    if not path.name:
+        raise Failure("--metrics names no file.", 2)
+    # What a link points to is what somebody reads.
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():  # a device, say: renamed over, /dev/null would be a file
+        raise Failure(f"--metrics: {path} is no file.")
     # The collector reads what ends in `.prom`: this does not.
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         draft.write_text(_text(journal, values), encoding="utf-8")
-        draft.replace(path)
+        draft.replace(target)
     except OSError as error:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)

@@ -14,6 +14,8 @@ from metered_billing.ledger import Grant
 from . import broken
 from .broken import ACME, ADMIN, APP, Service
 
+pytestmark = pytest.mark.no_cover
+
 
 async def report(service: Service, **options: Any) -> Report:
     given = {"token": APP, "admin_token": ADMIN, "foreign_token": ACME, "timeout_s": 5.0, **options}

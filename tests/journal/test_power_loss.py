@@ -27,6 +27,8 @@ from metered_billing.journal.sqlite import SqliteJournal
 from metered_billing.runtime import Runtime
 from tests.fakes import Inline
 
+pytestmark = pytest.mark.no_cover
+
 FRAME = 24 + 4096
 HEADER = 32
 

@@ -14,6 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from metered_billing.ledger import Answer, Command, Deduct, Grant, Ledger, Refund, Void
 from tests.postgres import no_tables
 
+pytestmark = pytest.mark.no_cover
+
 TENANTS = st.sampled_from(["acme", "globex"])
 USERS = st.sampled_from([None, "alice", "bob"])
 KEYS = st.sampled_from([f"key-{number}" for number in range(12)])

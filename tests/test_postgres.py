@@ -86,7 +86,7 @@ async def test_error_that_an_operation_swallows_is_not_taken_for_a_commit(databa
 async def test_transaction_that_another_got_in_the_way_of_is_tried_again(
     database: PostgresDatabase, error: type[Exception]
 ) -> None:
-    """After all of it was rolled back; five times at the most."""
+    """After all of it was rolled back; three times at the most."""
     tries: list[int] = []
 
     def twice_in_the_way(connection: Any) -> int:
@@ -105,7 +105,7 @@ async def test_transaction_that_another_got_in_the_way_of_is_tried_again(
     tries.clear()
     with pytest.raises(error):
         await database.run(always_in_the_way)
-    assert len(tries) == 5
+    assert len(tries) == 3
 
 
 @pytest.mark.slow

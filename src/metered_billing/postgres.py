@@ -52,10 +52,10 @@ STUCK_AFTER_S = 9.0
 LOOK_EVERY_S = 1.0
 """How often it is looked whether one is."""
 
-TRIES = 5
+TRIES = 3
 """How often a transaction is tried that another one got in the way of."""
 
-PAUSE_S = 0.02
+PAUSE_S = 0.05
 """The most that is waited before the second try; the double before each further one."""
 
 _BEGIN: Final = (

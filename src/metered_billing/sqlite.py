@@ -10,7 +10,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from metered_billing.commits import Committed, GroupCommit, Outcome, StorageError, Waiting, tell
 from metered_billing.runtime import Executor, connect_sqlite
@@ -105,12 +105,16 @@ class SqliteFile(GroupCommit[sqlite3.Connection]):
         try:
             connection.execute("PRAGMA synchronous=FULL" if durable else "PRAGMA synchronous=NORMAL")
             connection.execute("BEGIN IMMEDIATE")
-            results = [waiting.operation(connection) for waiting in batch]
+            results = self._operate(connection, batch)
             connection.execute("COMMIT")
         except BaseException:
             self._roll_back(connection)
             raise
         return [(result, None) for result in results]
+
+    def _operate(self, connection: sqlite3.Connection, batch: list[Waiting[sqlite3.Connection]]) -> list[Any]:
+        """Run the operations within the transaction that has begun. Returns what each returned."""
+        return [waiting.operation(connection) for waiting in batch]
 
     def _roll_back(self, connection: sqlite3.Connection) -> None:
         try:

@@ -38,7 +38,7 @@ from metered_billing.credits.http import HttpCredits
 from metered_billing.errors import InsufficientCredits
 from metered_billing.journal import lock, sqlite
 from metered_billing.journal.sqlite import SqliteJournal
-from metered_billing.ledger.books import SqliteBooks
+from metered_billing.ledger.grouped import GroupedBooks
 from metered_billing.metered import Terms
 from metered_billing.middleware import Exchange
 from metered_billing.settler import Settler
@@ -244,26 +244,26 @@ def forgotten_decline_is_final() -> Iterator[None]:
 @variant
 def no_tombstone() -> Iterator[None]:
     """A void of what never came leaves a tombstone, so that it is refused when it comes."""
-    mark = SqliteBooks.mark_voided
+    mark = GroupedBooks.mark_voided
 
     def broken(self: Any, tenant_id: str, key: str, what: Any, at: str) -> None:
         if what.refunded:
             mark(self, tenant_id, key, what, at)
 
-    with replaced(SqliteBooks, "mark_voided", broken):
+    with replaced(GroupedBooks, "mark_voided", broken):
         yield
 
 
 @variant
 def keys_are_forgotten() -> Iterator[None]:
     """The same key again is the same operation."""
-    remember = SqliteBooks.remember
+    remember = GroupedBooks.remember
 
     def broken(self: Any, tenant_id: str, key: str, what: Any) -> None:
         if what.kind != "deduction" and what.kind != "deduct":
             remember(self, tenant_id, key, what)
 
-    with replaced(SqliteBooks, "remember", broken):
+    with replaced(GroupedBooks, "remember", broken):
         yield
 
 

@@ -37,7 +37,7 @@ from metered_billing.credits.contract import Contract
 from metered_billing.journal import JournalError, lock
 from metered_billing.journal.sqlite import SqliteJournal
 from metered_billing.ledger import Ledger, owner
-from metered_billing.ledger.books import SqliteBooks
+from metered_billing.ledger.grouped import GroupedBooks
 from metered_billing.ledger.rules import Remembered
 from metered_billing.service import create_app
 from metered_billing.service.tokens import Tokens
@@ -868,7 +868,7 @@ def patched() -> Iterator[None]:
         logging.disable(logging.CRITICAL)
         stack.enter_context(replaced(anyio.to_thread, "run_sync", _at_once))
         stack.enter_context(replaced(httpx, "create_ssl_context", lambda **_: None))
-        take, acquire, remember = lock.FileLock.take.__func__, owner.OwnerLock.acquire, SqliteBooks.remember  # type: ignore[attr-defined]
+        take, acquire, remember = lock.FileLock.take.__func__, owner.OwnerLock.acquire, GroupedBooks.remember  # type: ignore[attr-defined]
 
         def take_ours(cls: Any, path: Path) -> Any:
             process = PROCESS.get()
@@ -892,7 +892,7 @@ def patched() -> Iterator[None]:
 
         stack.enter_context(replaced(lock.FileLock, "take", classmethod(take_ours)))
         stack.enter_context(replaced(owner.OwnerLock, "acquire", acquire_ours))
-        stack.enter_context(replaced(SqliteBooks, "remember", remember_or_not))
+        stack.enter_context(replaced(GroupedBooks, "remember", remember_or_not))
         yield
 
 

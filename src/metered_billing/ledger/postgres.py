@@ -6,13 +6,13 @@ processes never decide on one balance, and never wait for each other in a circle
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from metered_billing.commits import Committed, CommitUnknown, StorageError, Waiting
 from metered_billing.ledger.commands import Command
 from metered_billing.ledger.engine import Rows
 from metered_billing.ledger.failures import LedgerBusy, LedgerCorrupt, LedgerNotOpened, LedgerUnavailable
+from metered_billing.ledger.grouped import Work
 from metered_billing.ledger.postgres_books import SCHEMA, PostgresBooks
 from metered_billing.postgres import IN_THE_WAY, Connection, DatabaseError, IntegrityError, PostgresDatabase, first_line
 from metered_billing.runtime import Runtime
@@ -21,25 +21,11 @@ from metered_billing.schemas import SchemaMismatch, prepare_postgres
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class _Work(Generic[T]):
-    """What is to be done with the rows, and the commands that it decides."""
-
-    do: Callable[[Rows], T]
-    commands: Sequence[Command]
-
-    def __call__(self, connection: Connection) -> T:
-        books = PostgresBooks(connection, self.commands)
-        done = self.do(books)
-        books.flush()
-        return done
-
-
 class _Database(PostgresDatabase):
     """Works that are waiting share one transaction, its locks, and its round trips."""
 
     def _operate(self, connection: Connection, batch: list[Waiting[Connection]]) -> list[Any]:
-        works = [waiting.operation for waiting in batch if isinstance(waiting.operation, _Work)]
+        works = [waiting.operation for waiting in batch if isinstance(waiting.operation, Work)]
         if len(works) < len(batch):  # one of them makes the tables
             return super()._operate(connection, batch)
         commands = [command for work in works for command in work.commands]
@@ -89,7 +75,7 @@ class PostgresEngine:
         if not self._prepared:
             await self.start()
         try:
-            return await self._database.run(_Work(work, tuple(commands)), durable=bool(commands))
+            return await self._database.run(Work(work, commands, PostgresBooks), durable=bool(commands))
         except CommitUnknown as error:
             raise LedgerUnavailable(str(error)) from error
         except StorageError as error:

@@ -12,6 +12,9 @@ ENTRY = (
 )
 """An entry's columns."""
 
+to_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+"""Compact JSON. One encoder, for `json.dumps` would make one a call."""
+
 KEY = "tenant_id, idempotency_key, kind, user_id, payload_hash, status, body, entry_id"
 """The columns of a key that was used."""
 
@@ -62,14 +65,14 @@ def entry_of(row: tuple[Any, ...]) -> Entry:
 
 def key_values(tenant_id: str, key: str, what: Remembered) -> tuple[Any, ...]:
     """What is written into the columns of `KEY`."""
-    body = to_json(dict(what.body))
+    body = None if what.body is None else to_json(dict(what.body))
     return (tenant_id, key, what.kind, what.user_id or "", what.payload_hash, what.status, body, what.entry_id)
 
 
 def remembered_of(row: tuple[Any, ...]) -> Remembered:
     """What was read from the columns of `KEY`, without the key itself."""
     kind, user_id, payload_hash, status, body, entry_id = row
-    return Remembered(kind, user_id or None, payload_hash, status, json.loads(body), entry_id)
+    return Remembered(kind, user_id or None, payload_hash, status, json.loads(body) if body else None, entry_id)
 
 
 def entry_body(entry: Entry) -> dict[str, Any]:
@@ -89,7 +92,3 @@ def entry_body(entry: Entry) -> dict[str, Any]:
         "metadata": dict(entry.metadata or {}),
         "items": list(entry.items),
     }
-
-
-def to_json(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)

@@ -6,8 +6,7 @@ charge was voided.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from metered_billing.charge import MAX_AMOUNT
 from metered_billing.ledger import answers
@@ -16,24 +15,21 @@ from metered_billing.ledger.commands import Command, Deduct, Grant, Refund, Void
 from metered_billing.ledger.failures import LedgerCorrupt
 
 
-@dataclass(frozen=True, slots=True)
-class Stamp:
+class Stamp(NamedTuple):
     """The id and time (RFC 3339, UTC) of the entry that a command may write; taken before it is decided."""
 
     id: str
     at: str
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
+class Held(NamedTuple):
     """What an account holds, and what it was granted in its life: in credits."""
 
     balance: int
     granted: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class Entry(NamedTuple):
     """One movement of credits; never changed once written.
 
     Attributes:
@@ -59,23 +55,23 @@ class Entry:
     items: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Remembered:
+class Remembered(NamedTuple):
     """What an idempotency key was used for, by whom, and what the answer was.
 
-    `entry_id` is None where the answer was no.
+    Attributes:
+        body: What was answered; None where the entry tells.
+        entry_id: None where the answer was no.
     """
 
     kind: str
     user_id: str | None
     payload_hash: bytes
     status: int
-    body: Mapping[str, Any]
+    body: Mapping[str, Any] | None
     entry_id: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Voided:
+class Voided(NamedTuple):
     """A deduction's key that was voided, by whom, and what that gave back."""
 
     user_id: str | None
@@ -128,7 +124,7 @@ def decide(books: Books, command: Command, stamp: Stamp) -> Answer:
 def _deduct(books: Books, command: Deduct, stamp: Stamp) -> Answer:
     key = command.idempotency_key
     if (remembered := books.remembered(command.tenant_id, key)) is not None:
-        return _replay(remembered, command)
+        return _replay(books, remembered, command)
     if (voided := books.voided(command.tenant_id, key)) is not None:
         return _key_reused(key) if voided.user_id != command.user_id else _charge_voided()
     held = books.held(command.tenant_id, command.user_id)
@@ -140,7 +136,8 @@ def _deduct(books: Books, command: Deduct, stamp: Stamp) -> Answer:
             balance=held.balance,
         )
         # Remembered: a copy that arrives after a top-up must not succeed where its caller was told no.
-        _remember(books, command, command.tenant_id, command.user_id, answer, None)
+        refusal = Remembered(command.kind, command.user_id, command.payload_hash, answer.status, answer.body, None)
+        books.remember(command.tenant_id, key, refusal)
         return answer
     entry = Entry(
         id=stamp.id,
@@ -156,9 +153,7 @@ def _deduct(books: Books, command: Deduct, stamp: Stamp) -> Answer:
         metadata=command.metadata,
     )
     _move(books, entry, held)
-    answer = Answer(201, _account_entry_body(entry))
-    _remember(books, command, command.tenant_id, command.user_id, answer, entry.id)
-    return answer
+    return _done(books, command, entry)
 
 
 def _refund(books: Books, command: Refund, stamp: Stamp) -> Answer:
@@ -167,7 +162,7 @@ def _refund(books: Books, command: Refund, stamp: Stamp) -> Answer:
         return refused(answers.NOT_FOUND, "There is no deduction with this transaction id.")
     tenant_id, key = deduction.tenant_id, command.idempotency_key
     if (remembered := books.remembered(tenant_id, key)) is not None:
-        return _replay(remembered, command)
+        return _replay(books, remembered, command)
     if books.voided(tenant_id, key) is not None:
         return _key_reused(key)
     if books.voided(tenant_id, deduction.idempotency_key) is not None:
@@ -183,18 +178,7 @@ def _refund(books: Books, command: Refund, stamp: Stamp) -> Answer:
     held = books.held(tenant_id, deduction.user_id)
     entry = _give_back(deduction, Refund.kind, key, command.amount, held, stamp, command.reason, command.items)
     _move(books, entry, held)
-    answer = Answer(
-        201,
-        {
-            "refund_id": entry.id,
-            "transaction_id": entry.transaction_id,
-            "amount": entry.amount,
-            "balance": entry.balance,
-            "created_at": entry.created_at,
-        },
-    )
-    _remember(books, command, tenant_id, deduction.user_id, answer, entry.id)
-    return answer
+    return _done(books, command, entry)
 
 
 def _void(books: Books, command: Void, stamp: Stamp) -> Answer:
@@ -209,9 +193,7 @@ def _void(books: Books, command: Void, stamp: Stamp) -> Answer:
         if remembered.kind != Deduct.kind or remembered.user_id != command.user_id:
             return _key_reused(key)
         if remembered.entry_id is not None:
-            deduction = books.entry(remembered.entry_id)
-            if deduction is None:
-                raise LedgerCorrupt(f"entry {remembered.entry_id} is remembered, but is not there")
+            deduction = _remembered_entry(books, remembered.entry_id)
     refunded = 0
     if deduction is not None:
         refunded = _left(books, deduction)
@@ -226,7 +208,7 @@ def _void(books: Books, command: Void, stamp: Stamp) -> Answer:
 def _grant(books: Books, command: Grant, stamp: Stamp) -> Answer:
     tenant_id, key = command.tenant_id, command.idempotency_key
     if (remembered := books.remembered(tenant_id, key)) is not None:
-        return _replay(remembered, command)
+        return _replay(books, remembered, command)
     if books.voided(tenant_id, key) is not None:
         return _key_reused(key)
     held = books.held(tenant_id, command.user_id)
@@ -251,9 +233,7 @@ def _grant(books: Books, command: Grant, stamp: Stamp) -> Answer:
         reason=command.reason,
     )
     _move(books, entry, Held(held.balance, granted))
-    answer = Answer(201, _account_entry_body(entry))
-    _remember(books, command, tenant_id, command.user_id, answer, entry.id)
-    return answer
+    return _done(books, command, entry)
 
 
 def _left(books: Books, deduction: Entry) -> int:
@@ -301,23 +281,25 @@ def _move(books: Books, entry: Entry, held: Held) -> None:
     books.write(entry)
 
 
-def _remember(
-    books: Books,
-    command: Deduct | Refund | Grant,
-    tenant_id: str,
-    user_id: str | None,
-    answer: Answer,
-    entry_id: str | None,
-) -> None:
-    what = Remembered(command.kind, user_id, command.payload_hash, answer.status, answer.body, entry_id)
-    books.remember(tenant_id, command.idempotency_key, what)
+def _done(books: Books, command: Deduct | Refund | Grant, entry: Entry) -> Answer:
+    done = Remembered(command.kind, entry.user_id, command.payload_hash, 201, None, entry.id)
+    books.remember(entry.tenant_id, command.idempotency_key, done)
+    return Answer(201, _done_body(entry))
 
 
-def _replay(remembered: Remembered, command: Deduct | Refund | Grant) -> Answer:
+def _replay(books: Books, remembered: Remembered, command: Deduct | Refund | Grant) -> Answer:
     if remembered.payload_hash != command.payload_hash:
         return _key_reused(command.idempotency_key)
-    status = 200 if remembered.status == 201 else remembered.status
-    return Answer(status, remembered.body, replayed=True)
+    if remembered.entry_id is None:
+        return Answer(remembered.status, remembered.body or {}, replayed=True)
+    return Answer(200, _done_body(_remembered_entry(books, remembered.entry_id)), replayed=True)
+
+
+def _remembered_entry(books: Books, entry_id: str) -> Entry:
+    entry = books.entry(entry_id)
+    if entry is None:
+        raise LedgerCorrupt(f"entry {entry_id} is remembered, but is not there")
+    return entry
 
 
 def _key_reused(key: str) -> Answer:
@@ -331,7 +313,16 @@ def _charge_voided() -> Answer:
     return refused(answers.CHARGE_VOIDED, "This deduction was voided; its credits are back, or never left.")
 
 
-def _account_entry_body(entry: Entry) -> dict[str, Any]:
+def _done_body(entry: Entry) -> dict[str, Any]:
+    """What is answered to who made the entry, then and whenever it is asked again."""
+    if entry.kind == Refund.kind:
+        return {
+            "refund_id": entry.id,
+            "transaction_id": entry.transaction_id,
+            "amount": entry.amount,
+            "balance": entry.balance,
+            "created_at": entry.created_at,
+        }
     return {
         "transaction_id": entry.transaction_id,
         "tenant_id": entry.tenant_id,

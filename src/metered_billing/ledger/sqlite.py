@@ -4,19 +4,37 @@ import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from metered_billing.commits import Committed, StorageError
+from metered_billing.commits import Committed, StorageError, Waiting
 from metered_billing.ledger.books import SCHEMA, SqliteBooks
 from metered_billing.ledger.commands import Command
 from metered_billing.ledger.engine import Rows
 from metered_billing.ledger.failures import LedgerCorrupt, LedgerNotOpened, LedgerUnavailable
+from metered_billing.ledger.grouped import Work
 from metered_billing.ledger.owner import OwnerLock
 from metered_billing.runtime import Runtime
 from metered_billing.schemas import SchemaMismatch, prepare_sqlite
 from metered_billing.sqlite import SqliteFile
 
 T = TypeVar("T")
+
+
+class _LedgerFile(SqliteFile):
+    """Works that are waiting share one transaction and its statements."""
+
+    def _operate(self, connection: sqlite3.Connection, batch: list[Waiting[sqlite3.Connection]]) -> list[Any]:
+        works = [waiting.operation for waiting in batch if isinstance(waiting.operation, Work)]
+        commands = [command for work in works for command in work.commands]
+        if commands and not self.in_place():
+            # What is written to a file without a name is gone with this process.
+            raise LedgerNotOpened(f"{self.path} was removed while it was in use: restart")
+        if len(works) < len(batch):  # one of them makes the tables
+            return super()._operate(connection, batch)
+        books = SqliteBooks(connection, commands)
+        done = [work.do(books) for work in works]
+        books.flush()
+        return done
 
 
 class SqliteEngine:
@@ -28,7 +46,7 @@ class SqliteEngine:
     """
 
     def __init__(self, file: Path, runtime: Runtime, committed: Committed | None = None) -> None:
-        self._file = SqliteFile(
+        self._file = _LedgerFile(
             file.resolve(),  # so that two names of one file meet at one lock
             "",
             runtime.executor(),
@@ -78,19 +96,13 @@ class SqliteEngine:
         self._release_if_idle()
 
     async def run(self, work: Callable[[Rows], T], commands: Sequence[Command] = ()) -> T:
-        def operation(connection: sqlite3.Connection) -> T:
-            if commands and not self._file.in_place():
-                # What is written to a file without a name is gone with this process.
-                raise LedgerNotOpened(f"{self._file.path} was removed while it was in use: restart")
-            return work(SqliteBooks(connection))
-
         with self._mutex:
             self._calls += 1
         try:
             # A loop, because a `close` may come between the two; and a forked child holds no lock.
             while not (self._prepared and self._lock.held):
                 await self.start()
-            return await self._file.run(operation, durable=bool(commands))
+            return await self._file.run(Work(work, commands, SqliteBooks), durable=bool(commands))
         except StorageError as error:
             raise LedgerNotOpened(str(error)) from error
         except sqlite3.IntegrityError as error:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -168,5 +169,10 @@ class Ledger:
             return error
 
     def _stamp(self) -> Stamp:
-        at = datetime.fromtimestamp(self._runtime.now(), UTC).isoformat(timespec="milliseconds")
-        return Stamp(self._runtime.new_id(), at.replace("+00:00", "Z"))
+        return Stamp(self._runtime.new_id(), _at(int(self._runtime.now() * 1000)))
+
+
+@lru_cache(maxsize=1)  # many commands come in one millisecond
+def _at(ms: int) -> str:
+    at = datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds")
+    return at.replace("+00:00", "Z")

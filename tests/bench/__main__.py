@@ -1,14 +1,22 @@
 """`make bench`: the whole comparison; or parts of it, while something is being made faster.
 
-make bench                                                  all of it
-python -m tests.bench --quick                               one round of bare, plain and ours at 64
-python -m tests.bench --profile ours-journal --concurrency 64
-python -m tests.bench --variants bare,ours-journal --concurrency 64 --rounds 5
+    make bench                                                  all of it, about half an hour
+    python -m tests.bench --quick                               one round of bare, plain and ours at 64
+    python -m tests.bench --profile ours-journal --concurrency 64
+    python -m tests.bench --variants bare,ours-journal --concurrency 64 --rounds 5
+    python -m tests.bench --only start                          apps, journal, ledger or start
+    python -m tests.bench --write                               all of it, and into the docs
+    python -m tests.bench --again --write                       nothing but what .bench/last.json has, into the docs
+
+The app is pinned to core 0; load and credits service to core 1. Two benches on one machine take turns, run by run.
 """
 
 import argparse
 import asyncio
 import contextlib
+import importlib
+import importlib.util
+import inspect
 import pstats
 import random
 import shutil
@@ -18,13 +26,16 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.bench import app, report
+from tests.bench import app, page
 from tests.bench.compare import Bench, compare, line, pin_load
 from tests.bench.processes import ROOT
-from tests.bench.rows import Row, goal_lines, markdown
+from tests.bench.record import Record
+from tests.bench.report import table
+from tests.bench.rows import Row
 from tests.bench.variants import BY_NAME, LEVELS, VARIANTS, Level, Variant
 
 QUICK = ("bare", "plain", "ours-journal")
+PARTS = ("apps", "journal", "ledger", "start")
 
 
 def say(text: str) -> None:
@@ -39,19 +50,17 @@ def places() -> Iterator[tuple[Path, Path]]:
     memory = Path("/dev/shm")
     with (
         tempfile.TemporaryDirectory(dir=home) as on_disk,
-        tempfile.TemporaryDirectory(
-            dir=memory if memory.is_dir() else None, prefix="metered-billing-bench-"
-        ) as in_memory,
+        tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None, prefix="metered-billing-") as in_memory,
     ):
         yield Path(on_disk), Path(in_memory)
 
 
-async def apps(variants: Sequence[Variant], levels: Sequence[Level], options: argparse.Namespace) -> list[Row]:
+async def apps(
+    variants: Sequence[Variant], levels: Sequence[Level], options: argparse.Namespace, record: Record
+) -> None:
     """The comparison of apps."""
-    if warning := pin_load():
-        say(warning)
-    shape = f"{len(variants)} apps, {len(levels)} levels, {options.rounds} rounds of {options.seconds} s"
-    say(f"seed {options.seed}: {shape}")
+    how = f"seed {options.seed}, {options.rounds} rounds of {options.seconds:g} s"
+    say(f"{len(variants)} apps at {len(levels)} levels: {how}")
     with places() as (on_disk, in_memory):
         bench = Bench(on_disk, in_memory)
         try:
@@ -61,13 +70,33 @@ async def apps(variants: Sequence[Variant], levels: Sequence[Level], options: ar
             bench.stop()
     print()
     for level in levels:
-        print(f"{level} at a time\n\n{report.table(results, variants, level)}")
-    return report.goal_rows(results)
+        print(f"{level} at a time\n\n{table(results, variants, level)}")
+    record.runs = list(results.runs)
+    record.measured("apps", how)
+
+
+async def start(options: argparse.Namespace) -> list[Row]:
+    """Imports, start-up, memory."""
+    from tests.bench import start as part
+
+    with places() as (on_disk, in_memory):
+        return await part.measure(on_disk, in_memory, quick=options.quick, say=say)
+
+
+def alone(name: str, quick: bool) -> list[Row]:
+    """The journal or the ledger, without an app around it."""
+    module = f"tests.bench.{name}"
+    if importlib.util.find_spec(module) is None:
+        say(f"there is no {module} yet")
+        return []
+    measure = importlib.import_module(module).measure
+    with_quick = "quick" in inspect.signature(measure).parameters
+    rows: list[Row] = measure(quick=quick) if with_quick else measure()
+    return rows
 
 
 async def profile(variant: Variant, level: Level, seconds: float, sort: Sequence[str]) -> None:
     """Where the event loop's thread of an app spends its time, by cProfile."""
-    pin_load()
     with places() as (on_disk, in_memory):
         path = on_disk / "profile"
         bench = Bench(on_disk, in_memory, path)
@@ -87,9 +116,10 @@ async def profile(variant: Variant, level: Level, seconds: float, sort: Sequence
         say(f"more of it: python -m pstats .bench/{variant.name}.prof")
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench")
     parser.add_argument("--quick", action="store_true", help="one round of a few, at 64")
+    parser.add_argument("--only", choices=PARTS, help="one part")
     parser.add_argument("--variants", help=f"of {', '.join(BY_NAME)}")
     parser.add_argument("--concurrency", type=int, help="this level only")
     parser.add_argument("--slow", action="store_true", help="with a handler of 20 ms")
@@ -97,24 +127,49 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--profile", choices=sorted(BY_NAME), help="profile one app instead")
+    parser.add_argument("--write", action="store_true", help="put the figures into the docs")
+    parser.add_argument("--again", action="store_true", help="measure nothing: show the last figures")
     options = parser.parse_args()
+    options.rounds = options.rounds or (1 if options.quick else 5)
+    return options
+
+
+def main() -> None:
+    options = arguments()
     try:
         import uvloop
     except ImportError:
         sys.exit("The bench has an environment of its own: `make bench`, or .venv-bench/bin/python -m tests.bench …")
-    run = asyncio.Runner(loop_factory=uvloop.new_event_loop).run
-    if options.profile:
-        level = Level(options.concurrency or 64, options.slow)
-        run(profile(BY_NAME[options.profile], level, options.seconds, ("tottime", "cumtime")))
-        return
-    options.rounds = options.rounds or (1 if options.quick else 3)
-    names = options.variants.split(",") if options.variants else QUICK if options.quick else list(BY_NAME)
-    variants = [v for v in VARIANTS if v.name in names and (not v.lean or app.lean_transport() is not None)]
-    levels = [level for level in LEVELS if not options.slow or level.slow]
-    if options.concurrency or options.quick:
-        levels = [Level(options.concurrency or 64, options.slow)]
-    rows = run(apps(variants, levels, options))
-    print(markdown(["goal", "", "at least", "aim", "measured", ""], goal_lines(rows)))
+    if warning := pin_load():
+        say(warning)
+    record = Record.load()
+    part_of_apps = options.quick or options.variants or options.concurrency or options.slow or options.profile
+    parts = [options.only] if options.only else ["apps"] if part_of_apps else list(PARTS)
+    level = Level(options.concurrency or 64, options.slow)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        if options.profile:
+            runner.run(profile(BY_NAME[options.profile], level, options.seconds, ("tottime", "cumtime")))
+            return
+        for part in [] if options.again else parts:
+            if part == "apps":
+                names = options.variants.split(",") if options.variants else QUICK if options.quick else list(BY_NAME)
+                variants = [v for v in VARIANTS if v.name in names and (not v.lean or app.lean_transport() is not None)]
+                levels = [level] if options.quick or options.concurrency or options.slow else LEVELS
+                runner.run(apps(variants, levels, options, record))
+            else:
+                rows = runner.run(start(options)) if part == "start" else alone(part, options.quick)
+                if rows:
+                    record.rows[part] = rows
+                    record.measured(part, f"{'quick, ' if options.quick else ''}seed {options.seed}")
+                    print(f"\n{page.row_table(rows)}")
+    if not options.again and not part_of_apps:
+        record.save()
+    print(page.goals(page.all_rows(record)))
+    if options.write:
+        page.write(record)
+        say(f"written: {page.PAGE.relative_to(ROOT)}, and the pictures")
+    if void := [run for run in record.runs if run.void]:
+        sys.exit("\n".join(f"✗ {line(run)}" for run in void))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import os
 import random
 import statistics
 import time
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.bench.load import ITEMS, USERS, Load
-from tests.bench.processes import TENANT, TOKEN, Process, ask, busy_s, cpu_s, go_first, main_thread_cpu_s
+from tests.bench.processes import TENANT, TOKEN, Process, alone, ask, busy_s, cpu_s, go_first, main_thread_cpu_s, pin
 from tests.bench.variants import BY_NAME, Level, Variant
 
 APP_CORE, LOAD_CORE = 0, 1
@@ -116,6 +115,12 @@ class Bench:
         at_start: Callable[[], None] = lambda: None,
     ) -> Run:
         """Load it for a while, then look into the books."""
+        with alone():
+            return await self._run(variant, level, seconds, number, at_start)
+
+    async def _run(
+        self, variant: Variant, level: Level, seconds: float, number: int, at_start: Callable[[], None]
+    ) -> Run:
         app, pid, service = self._apps[variant.name], self._apps[variant.name].pid, self.service.pid
         self._runs += 1
         load = Load(app.port, "/slow" if level.slow else "/create", level.concurrency, self._runs)
@@ -274,8 +279,6 @@ def line(run: Run) -> str:
 def pin_load() -> str:
     """Keep this process to the load's core. Returns what to say where there is none."""
     go_first()
-    cores = os.sched_getaffinity(0)
-    if {APP_CORE, LOAD_CORE} <= cores:
-        os.sched_setaffinity(0, {LOAD_CORE})
+    if pin(APP_CORE) and pin(LOAD_CORE):
         return ""
     return f"this machine lends us no core {APP_CORE} and {LOAD_CORE}: app and load share, and figures say little"

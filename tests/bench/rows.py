@@ -88,7 +88,7 @@ def ratio(value: float) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".") if value < 10 else f"{value:.1f}".removesuffix(".0")
 
 
-def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table; all columns but the first are aligned to the right."""
-    rule = ["---", *(["---:"] * (len(head) - 1))]
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]], align: str = "") -> str:
+    """A table. `align` has an "l" or "r" for each column; by default the first stands left, the others right."""
+    rule = ["---" if side == "l" else "---:" for side in align or "l" + "r" * (len(head) - 1)]
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines)) + "\n"

@@ -19,15 +19,13 @@ import uvicorn
 from metered_billing.ledger import Ledger
 from metered_billing.service import Tokens, create_app
 from tests.bench import app as apps
-from tests.bench.processes import go_first
+from tests.bench.processes import pin
 from tests.bench.variants import BY_NAME, Variant
 
 
 def main(kind: str, what: str, port: int, core: int) -> None:
     """Serve until SIGTERM."""
-    if core in os.sched_getaffinity(0):
-        os.sched_setaffinity(0, {core})
-    go_first()
+    pin(core)
     app = _service(what) if kind == "service" else apps.create_app(BY_NAME[what], _set_up(BY_NAME[what]))
     config = uvicorn.Config(
         app, port=port, loop="uvloop", http="httptools", access_log=False, log_level="warning", server_header=False

@@ -83,8 +83,8 @@ SECONDS ?= 60
 chaos: $(VENV)/.dev ## kill -9 under load, then the books: ENGINE=sqlite SECONDS=600
 	@$(BIN)/python -m tests.chaos --engine $(ENGINE) --seconds $(SECONDS)
 
-bench: $(BENCH)/.bench ## Compare with the bare route and what people write by hand, on two quiet cores (about 30 minutes)
-	@$(BENCH)/bin/python -m tests.bench
+bench: $(BENCH)/.bench ## How fast it is, against what people write by hand: half an hour, on two quiet cores (BENCH_OPTIONS=--write)
+	@$(BENCH)/bin/python -m tests.bench $(BENCH_OPTIONS)
 
 check: $(VENV)/.dev ## Lint and types
 	$(BIN)/ruff check .

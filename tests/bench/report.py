@@ -6,7 +6,8 @@ from tests.bench.compare import Results
 from tests.bench.rows import Row, markdown
 from tests.bench.variants import Level, Variant
 
-HEAD = ("", "tracing", "requests/s", "of bare", "p50 ms", "p99 ms", "app µs", "loop µs", "service µs", "spans")
+HEAD = ("", "tracing", "requests/s", "of bare", "p50 ms", "p99 ms", "app µs", "service µs", "busy", "spans")
+"""CPU is a request's; `busy` is how much of its core the app used, and of the other core service and load together."""
 
 
 def table(results: Results, variants: Sequence[Variant], level: Level) -> str:
@@ -29,8 +30,8 @@ def table(results: Results, variants: Sequence[Variant], level: Level) -> str:
                 f"{cell.median('p50_ms'):.2f}",
                 f"{cell.median('p99_ms'):.2f}",
                 f"{cell.median('app_us'):,.0f}",
-                f"{cell.median('loop_us'):,.0f}",
                 f"{cell.median('service_us'):,.0f}",
+                f"{cell.median('app_busy'):.0%}, {cell.median('service_busy') + cell.median('load_busy'):.0%}",
                 f"{cell.median('spans'):.1f}" if variant.tracing else "",
             ]
         )

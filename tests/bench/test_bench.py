@@ -2,11 +2,15 @@
 
 import asyncio
 import json
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
+from tests.bench import page
 from tests.bench.compare import Results, Run
 from tests.bench.load import ITEMS, Load, request_bytes
+from tests.bench.record import Record
 from tests.bench.report import goal_rows, table
 from tests.bench.rows import GOALS, Row, goal_lines, ratio
 from tests.bench.variants import BY_NAME, Level
@@ -122,3 +126,35 @@ def test_request_has_ten_items_of_which_one_may_fail() -> None:
         body = json.loads(request_bytes("/create", 1, broken).partition(b"\r\n\r\n")[2])
         assert len(body["items"]) == ITEMS
         assert [item["data"] for item in body["items"]].count("broken") == broken
+
+
+def test_page_has_a_place_for_the_figures() -> None:
+    """And its prose around them stays as it is."""
+    text = page.PAGE.read_text(encoding="utf-8")
+    before, after = text.partition(page.BEGIN)[0], text.partition(page.END)[2]
+    assert page.page(text, "figures\n") == f"{before}{page.BEGIN}\nfigures\n\n{page.END}{after}"
+    with pytest.raises(ValueError, match="marks"):
+        page.page("no marks", "figures\n")
+
+
+def test_measured_part_tells_every_level_goal_and_row() -> None:
+    """With the command that measures it; and a picture each for shares and for levels."""
+    record = Record(runs=[a_run("bare", 1, 5000), a_run("ours-journal", 1, 4000, 250), a_run("plain", 1, 300, 2e3)])
+    record.rows["start"] = [Row("import metered_billing", 310.0, "ms", "starlette and httpx alone: 150 ms")]
+    text = page.measured(record)
+    assert "| ours: journal, log | off | 4,000 | 0.80 |" in text
+    assert "python -m tests.bench --only apps --concurrency 64" in text
+    assert "| import metered_billing | 310 | ms |" in text
+    assert "| 3 off | 64 concurrent, tracing off in both: share of the bare route | 0.6 | 0.78 | 0.8 | aim |" in text
+    pictures = page.pictures(record.results)
+    assert set(pictures) == {"bench-share.svg", "bench-concurrency.svg"}
+    for picture in pictures.values():
+        ElementTree.fromstring(picture)
+
+
+def test_figures_can_be_told_again(tmp_path: Path) -> None:
+    """What is saved is what comes back."""
+    record = Record({"disk": "fast"}, {"apps": "seed 1"}, [a_run("bare", 1, 5000.0)], {"start": [Row("a", 1.0, "ms")]})
+    record.save(tmp_path / "last.json")
+    assert Record.load(tmp_path / "last.json") == record
+    assert Record.load(tmp_path / "none.json") == Record()

@@ -135,6 +135,8 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
     Raises:
         ValueError: In a sentence for whoever sent it.
     """
+    if type(metadata) is not dict and not isinstance(metadata, Mapping):
+        raise ValueError("metadata must be a flat map of strings")
     length = 0
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
@@ -180,11 +182,16 @@ def _check_id(name: str, value: str) -> None:
     _check_text(name, value)
 
 
-@lru_cache(maxsize=4096)  # the same accounts again and again; what raises is not kept
 def _check_account(tenant_id: str, user_id: str | None) -> None:
-    Account(tenant_id, user_id)
-    _check_text("tenant_id", tenant_id)
-    _check_text("user_id", user_id or "")
+    if type(tenant_id) is str and (user_id is None or type(user_id) is str):
+        _account(tenant_id, user_id)  # the same ones come again and again
+    else:
+        Account(tenant_id, user_id)
+
+
+@lru_cache(maxsize=4096)
+def _account(tenant_id: str, user_id: str | None) -> Account:
+    return Account(tenant_id, user_id)
 
 
 def _check_amount(amount: int) -> None:

@@ -9,6 +9,7 @@ from metered_billing.ledger import Ledger
 from metered_billing.service.guard import MAX_BATCH_BYTES, MAX_BODY_BYTES, Guard
 from metered_billing.service.problems import handle_problems
 from metered_billing.service.routes import router
+from metered_billing.service.short import ShortWay
 from metered_billing.service.tokens import HINT, InvalidTokens, Tokens
 
 VERSION = "1.0.0"
@@ -57,6 +58,7 @@ def create_app(
     )
     app.state.ledger = ledger
     handle_problems(app)
+    app.add_middleware(ShortWay, ledger=ledger)
     app.add_middleware(Guard, tokens=tokens, max_body_bytes=max_body_bytes, max_batch_bytes=max_batch_bytes)
     app.include_router(router)
     return app

@@ -26,6 +26,9 @@ MAX_OPERATIONS = 1000
 """The most operations in one batch."""
 
 
+MAX_TRACEPARENT_LENGTH = 255
+
+
 def _without_nul(value: str) -> str:
     if "\x00" in value:
         raise ValueError("NUL characters are not allowed")
@@ -161,7 +164,9 @@ class GrantBody(_AccountBody):
 
 
 class _Operation(BaseModel):
-    traceparent: Annotated[str | None, Field(max_length=255, description="The operation's own trace (W3C).")] = None
+    traceparent: Annotated[
+        str | None, Field(max_length=MAX_TRACEPARENT_LENGTH, description="The operation's own trace (W3C).")
+    ] = None
 
     @property
     def carrier(self) -> Mapping[str, str]:

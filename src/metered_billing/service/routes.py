@@ -12,8 +12,9 @@ from metered_billing.ledger import Command, Ledger, LedgerUnavailable
 from metered_billing.ledger.answers import Answer
 from metered_billing.ledger.store import MAX_PAGE
 from metered_billing.service import answers, bodies
-from metered_billing.service.batch import perform_all
+from metered_billing.service.batch import results
 from metered_billing.service.guard import ACCESS
+from metered_billing.service.perform import perform
 from metered_billing.service.problems import (
     ProblemResponse,
     documented,
@@ -22,22 +23,20 @@ from metered_billing.service.problems import (
     not_found,
     unauthorized,
 )
-from metered_billing.service.spans import close_span, fail_span, open_span
+from metered_billing.service.short import REPLAYED
 from metered_billing.service.tokens import Access
 
 HEALTH_TIMEOUT_S = 2.0
 
-REPLAYED = "Idempotent-Replayed"
-
 _bearer = HTTPBearer(auto_error=False, description="A token that the service was started with.")
 
 
-def _ledger(request: Request) -> Ledger:
+async def _ledger(request: Request) -> Ledger:
     ledger: Ledger = request.app.state.ledger
     return ledger
 
 
-def _access(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]) -> Access:
+async def _access(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]) -> Access:
     # The guard has looked already; this holds should the app ever be mounted where the guard is not.
     access: Access | None = request.scope.get(ACCESS)
     if access is None:
@@ -45,7 +44,7 @@ def _access(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, 
     return access
 
 
-def _key(
+async def _key(
     request: Request,
     idempotency_key: Annotated[
         str,
@@ -248,7 +247,7 @@ async def transaction(transaction_id: TransactionId, access: TheAccess, ledger: 
 )
 async def batch(body: bodies.BatchBody, access: TheAccess, ledger: TheLedger, request: Request) -> Response:
     """Up to 1,000 deductions, refunds and voids, in one commit. Each stands alone, with its own status."""
-    return JSONResponse({"results": await perform_all(ledger, access, body.operations, request.headers)})
+    return JSONResponse({"results": await results(ledger, access, body.operations, request.headers)})
 
 
 @router.get(
@@ -268,14 +267,7 @@ async def healthz(ledger: TheLedger) -> Response:
 
 
 async def _perform(ledger: Ledger, command: Command, request: Request) -> Response:
-    span = open_span(command, request.headers)
-    try:
-        answer = await ledger.decide(command)
-    except BaseException as error:
-        fail_span(span, error)
-        raise
-    close_span(span, answer)
-    return _response(answer)
+    return _response(await perform(ledger, command, request.headers))
 
 
 def _response(answer: Answer) -> Response:

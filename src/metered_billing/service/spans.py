@@ -12,18 +12,22 @@ from typing import Final
 from opentelemetry import metrics, trace
 from opentelemetry.context import Context
 from opentelemetry.metrics import MeterProvider
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+from opentelemetry.trace import INVALID_SPAN, NoOpTracer, ProxyTracer, Span, SpanKind, Status, StatusCode, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from metered_billing import names
 from metered_billing.ledger import Answer, Command, Deduct, Grant, LedgerCorrupt, LedgerUnavailable, Refund, Void
 
-_SPANS: Final[Mapping[type[Command], str]] = {
-    Deduct: names.SPAN_LEDGER_DEDUCT,
-    Refund: names.SPAN_LEDGER_REFUND,
-    Void: names.SPAN_LEDGER_VOID,
-    Grant: names.SPAN_LEDGER_GRANT,
+_SPANS: Final[Mapping[type[Command], tuple[str, str]]] = {
+    kind: (name, name.rpartition(".")[2])
+    for kind, name in (
+        (Deduct, names.SPAN_LEDGER_DEDUCT),
+        (Refund, names.SPAN_LEDGER_REFUND),
+        (Void, names.SPAN_LEDGER_VOID),
+        (Grant, names.SPAN_LEDGER_GRANT),
+    )
 }
+"""A command's span, and the operation's short name."""
 
 _propagator = TraceContextTextMapPropagator()
 
@@ -51,7 +55,7 @@ class Instruments:
 INSTRUMENTS = Instruments()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Operation:
     """A command under way; `close_span` or `fail_span` ends it."""
 
@@ -65,15 +69,22 @@ class Operation:
         INSTRUMENTS.durations.record(time.perf_counter() - self.began, attributes)
 
 
-def open_span(command: Command, *carriers: Mapping[str, str]) -> Operation:
+def tracer() -> Tracer | None:
+    """What makes the spans; None where no provider is set, so that nobody would see them."""
+    found = trace.get_tracer(names.SERVICE_SCOPE)
+    return None if isinstance(found, ProxyTracer | NoOpTracer) else found
+
+
+def open_span(tracer: Tracer | None, command: Command, *carriers: Mapping[str, str]) -> Operation:
     """Begin the span of a command.
 
     Args:
-        carriers: Where the caller's `traceparent` may stand, the most particular first: an operation of a
+        carriers: Where the caller's trace context may stand, the most particular first: an operation of a
             batch, then the request's headers. What is no valid traceparent counts as none.
     """
-    span_name = _SPANS[type(command)]
-    operation = span_name.rpartition(".")[2]
+    span_name, operation = _SPANS[type(command)]
+    if tracer is None:
+        return Operation(operation, INVALID_SPAN, time.perf_counter())
     attributes: dict[str, str | int] = {names.OPERATION: operation}
     if isinstance(command, Refund):
         attributes[names.TRANSACTION_ID] = command.transaction_id
@@ -83,26 +94,25 @@ def open_span(command: Command, *carriers: Mapping[str, str]) -> Operation:
             attributes[names.USER_ID] = command.user_id
     if not isinstance(command, Void):
         attributes[names.AMOUNT] = command.amount
-    span = trace.get_tracer(names.SERVICE_SCOPE).start_span(
-        span_name, context=_parent(carriers), kind=SpanKind.INTERNAL, attributes=attributes
-    )
+    span = tracer.start_span(span_name, context=_parent(carriers), kind=SpanKind.INTERNAL, attributes=attributes)
     return Operation(operation, span, time.perf_counter())
 
 
 def close_span(operation: Operation, answer: Answer) -> None:
     """End a command that was answered. A refusal is an answer, not an error."""
     span, refusal = operation.span, answer.refusal
-    span.set_attribute(names.STATUS_CODE, answer.status)
-    span.set_attribute(names.REPLAYED, answer.replayed)
-    if refusal is not None:
-        span.set_attribute(names.ERROR_TYPE, refusal)
-    for attribute, member in (
-        (names.TRANSACTION_ID, "transaction_id"),
-        (names.BALANCE, "balance"),
-        (names.REFUNDED, "refunded"),
-    ):
-        if member in answer.body:
-            span.set_attribute(attribute, answer.body[member])
+    if span.is_recording():
+        span.set_attribute(names.STATUS_CODE, answer.status)
+        span.set_attribute(names.REPLAYED, answer.replayed)
+        if refusal is not None:
+            span.set_attribute(names.ERROR_TYPE, refusal)
+        for attribute, member in (
+            (names.TRANSACTION_ID, "transaction_id"),
+            (names.BALANCE, "balance"),
+            (names.REFUNDED, "refunded"),
+        ):
+            if member in answer.body:
+                span.set_attribute(attribute, answer.body[member])
     operation.end(refusal or "ok")
 
 

@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.bench import app, page
-from tests.bench.compare import Bench, compare, line, pin_load
+from tests.bench.compare import NEAR, Bench, Results, compare, compare_near, line, pin_load
 from tests.bench.processes import ROOT
 from tests.bench.record import Record
 from tests.bench.report import table
@@ -66,6 +66,8 @@ async def apps(
         try:
             await bench.start(variants)
             results = await compare(bench, variants, levels, options.rounds, options.seconds, options.seed, say)
+            if Level(64) in levels and set(NEAR) <= {variant.name for variant in variants}:
+                results = Results([*results.runs, *await compare_near(bench, 2 * options.rounds, say)])
         finally:
             bench.stop()
     print()

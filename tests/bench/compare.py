@@ -1,6 +1,7 @@
 """The comparison of apps: what each run is, and what is made of many."""
 
 import asyncio
+import dataclasses
 import gc
 import random
 import statistics
@@ -72,16 +73,7 @@ class Bench:
         await self.service.up("/healthz")
         for variant in variants:
             self._tenants[variant.name] = f"{TENANT}-{variant.name}"
-            place = self._memory if variant.journal == "memory" else self._directory
-            environment = {
-                "BENCH_CREDITS": self.service.url,
-                "BENCH_TOKEN": TOKEN,
-                "BENCH_TENANT": self._tenants[variant.name],
-                "BENCH_JOURNAL": str(place / f"journal-{variant.name}"),
-                "BENCH_PROFILE": str(self._profile or ""),
-            }
-            self._apps[variant.name] = app = Process("app", variant.name, APP_CORE, self._directory, environment)
-            await app.up("/stats")
+            await self._start(variant)
             for user in range(USERS):
                 self._ask(
                     "/v1/grants",
@@ -93,10 +85,27 @@ class Bench:
                     },
                 )
 
+    async def _start(self, variant: Variant) -> None:
+        place = self._memory if variant.journal == "memory" else self._directory
+        environment = {
+            "BENCH_CREDITS": self.service.url,
+            "BENCH_TOKEN": TOKEN,
+            "BENCH_TENANT": self._tenants[variant.name],
+            "BENCH_JOURNAL": str(place / f"journal-{variant.name}"),
+            "BENCH_PROFILE": str(self._profile or ""),
+        }
+        self._apps[variant.name] = app = Process("app", variant.name, APP_CORE, self._directory, environment)
+        await app.up("/stats")
+
     def stop(self) -> None:
         """All of them."""
         for process in (*self._apps.values(), *([self.service] if hasattr(self, "service") else [])):
             process.stop()
+
+    async def renew(self, variant: Variant) -> None:
+        """Its app in a new process."""
+        self._apps[variant.name].stop()
+        await self._start(variant)
 
     def app(self, name: str) -> Process:
         """A variant's process."""
@@ -223,6 +232,16 @@ class Results:
         good = [run for run in found if not run.void]
         return Cell(BY_NAME[name], level, good, [run for run in found if run.void]) if good else None
 
+    @property
+    def rounds(self) -> "Results":
+        """Without those of `compare_near`, whose rounds have numbers below 0."""
+        return Results([run for run in self.runs if run.round >= 0])
+
+    @property
+    def near(self) -> "Results":
+        """Those of `compare_near`; or, where there are none, all."""
+        return Results([run for run in self.runs if run.round < 0] or self.runs)
+
     def ratio(self, name: str, other: str, level: Level, field: str = "per_second") -> float | None:
         """The median of the ratios of each round that has both."""
         return self.of_rounds((name, other), level, field, lambda one, two: one / two)
@@ -261,6 +280,25 @@ async def compare(
                 left_s = (time.monotonic() - begun) / len(runs) * (total - len(runs))
                 say(f"round {number}/{rounds}, {int(left_s) // 60}:{int(left_s) % 60:02} left  {line(run)}")
     return Results(runs)
+
+
+NEAR = ("bare", "ours-unmetered")
+"""So near to each other that two processes of the same app differ by more: where things lie in memory is chance."""
+
+
+async def compare_near(bench: Bench, rounds: int, say: Callable[[str], None]) -> list[Run]:
+    """Those two at 64, many times: short runs, there and back, of new processes each time."""
+    runs: list[Run] = []
+    variants = [BY_NAME[name] for name in NEAR]
+    for number in range(1, rounds + 1):
+        for variant in variants:
+            await bench.renew(variant)
+        both = [await bench.run(variant, Level(64), 0.7, -number) for variant in (*variants, *reversed(variants))]
+        for one, other in ((both[0], both[3]), (both[1], both[2])):
+            runs.append(dataclasses.replace(one, app_us=(one.app_us + other.app_us) / 2, void=one.void or other.void))
+        bare, ours = runs[-2:]
+        say(f"an unmetered route, {number}/{rounds}: {ours.app_us:.1f} µs, bare {bare.app_us:.1f} µs")
+    return runs
 
 
 def line(run: Run) -> str:

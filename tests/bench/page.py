@@ -101,6 +101,7 @@ def where(record: Record) -> str:
 def pictures(results: Results) -> dict[str, str]:
     """By file name; only what has been measured."""
     found = {}
+    results = results.rounds
     groups = []
     for title, base, names in GROUPS:
         shares = []

@@ -158,3 +158,12 @@ def test_figures_can_be_told_again(tmp_path: Path) -> None:
     record.save(tmp_path / "last.json")
     assert Record.load(tmp_path / "last.json") == record
     assert Record.load(tmp_path / "none.json") == Record()
+
+
+def test_near_apps_are_compared_by_runs_of_their_own() -> None:
+    """Where there are some: they are many and short, and count for goal 7 alone."""
+    runs = [a_run("bare", 1, 100, 100), a_run("ours-unmetered", 1, 50, 120)]
+    assert {row.goal: row.value for row in goal_rows(Results(runs))}["7"] == pytest.approx(1.2)
+    runs += [a_run("bare", -1, 10**6, 100), a_run("ours-unmetered", -1, 10**6, 101)]
+    assert {row.goal: row.value for row in goal_rows(Results(runs))}["7"] == pytest.approx(1.01)
+    assert "| 100 |" in table(Results(runs), [BY_NAME["bare"]], AT_64)

@@ -29,6 +29,7 @@ class Run:
     Args:
         app_us: CPU of the app's process a request, of which `loop_us` on the event loop's thread.
         service_us: CPU of the credits service a request.
+        garbage: Objects a request that only the cyclic garbage collector could free.
         others: What others used of the app's core and of the load's, as a share.
         void: Why it does not count, or "".
     """
@@ -49,6 +50,7 @@ class Run:
     others: tuple[float, float]
     settled_s: float
     spans: float
+    garbage: float
     void: str = ""
 
 
@@ -133,7 +135,7 @@ class Bench:
         app, pid, service = self._apps[variant.name], self._apps[variant.name].pid, self.service.pid
         self._runs += 1
         load = Load(app.port, "/slow" if level.slow else "/create", level.concurrency, self._runs)
-        spans_before = (await app.get("/stats")).get("spans", 0)
+        before = await app.get("/stats")
         gc.collect()
         gc.disable()
         await load.start()
@@ -154,7 +156,8 @@ class Bench:
         elapsed = ended.at - begun.at
         requests = max(ended.answered - begun.answered, 1)
         app_s, service_s, load_s = ended.app - begun.app, ended.service - begun.service, ended.load - begun.load
-        spans = (await app.get("/stats")).get("spans", 0) - spans_before
+        after = await app.get("/stats")
+        spans, garbage = (after.get(each, 0) - before.get(each, 0) for each in ("spans", "garbage"))
         return Run(
             variant=variant.name,
             level=level,
@@ -175,6 +178,7 @@ class Bench:
             ),
             settled_s=time.monotonic() - stopped_at,
             spans=spans / max(load.answered(), 1),
+            garbage=garbage / max(load.answered(), 1),
             void=void,
         )
 
@@ -309,6 +313,8 @@ def line(run: Run) -> str:
         f"  busy: app {run.app_busy:4.0%}, service {run.service_busy:4.0%}, load {run.load_busy:4.0%},"
         f" others {run.others[0]:.0%} {run.others[1]:.0%}"
     )
+    if run.garbage >= 0.5:
+        text += f"  {run.garbage:.1f} garbage"
     if run.spans:
         text += f"  {run.spans:.1f} spans"
     return text + (f"  ✗ VOID: {run.void}" if run.void else "")

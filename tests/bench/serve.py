@@ -6,6 +6,7 @@ python -m tests.bench.serve service DATABASE PORT CORE
 
 import asyncio
 import cProfile
+import gc
 import logging
 import os
 import signal
@@ -58,6 +59,12 @@ async def _profiled(server: uvicorn.Server, path: str) -> None:
     await server.serve()
 
 
+def _garbage() -> dict[str, Any]:
+    """How many objects only the cyclic collector could free, ever; and how often it looked at all there are."""
+    generations = gc.get_stats()
+    return {"garbage": sum(each["collected"] for each in generations), "full": generations[2]["collections"]}
+
+
 def _set_up(variant: Variant) -> Callable[[], dict[str, Any]]:
     """What the app sets up for its telemetry. Returns what tells how much came out."""
     if variant.logs:
@@ -84,7 +91,7 @@ def _set_up(variant: Variant) -> Callable[[], dict[str, Any]]:
 
         metrics.set_meter_provider(MeterProvider([InMemoryMetricReader()]))
     if not variant.tracing:
-        return dict
+        return _garbage
     from opentelemetry import trace
     from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
@@ -105,7 +112,7 @@ def _set_up(variant: Variant) -> Callable[[], dict[str, Any]]:
 
     def stats() -> dict[str, Any]:
         provider.force_flush()
-        return {"spans": exporter.spans}
+        return {"spans": exporter.spans, **_garbage()}
 
     return stats
 

@@ -36,6 +36,7 @@ def a_run(variant: str, number: int, per_second: float, app_us: float = 100.0, v
         others=(0.0, 0.0),
         settled_s=0.0,
         spans=0.0,
+        garbage=0.0,
         void=void,
     )
 

@@ -221,6 +221,7 @@ def test_counters_begin_at_zero_with_a_provider_that_is_set_late() -> None:
         names.METRIC_ANOMALIES: 10,
         names.METRIC_BREAKER_CHANGES: 3,
         names.METRIC_RECOVERY_ROUNDS: 2,
+        names.METRIC_CROWDED_OUT: 1,
     }
 
 

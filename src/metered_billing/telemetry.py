@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import Token
 from types import TracebackType
 from typing import Any, Final, Self
@@ -52,6 +52,9 @@ _GROUPS: Final[Mapping[str, str]] = {
     "WriteTimeout": "timeout",
 }
 """What an attempt's `error.type` counts as in a metric."""
+
+MAX_LINKS: Final = 128
+"""Of one span: what the SDK keeps by default."""
 
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
 _STDLIB: Final = logging.getLogger(names.SCOPE)
@@ -103,6 +106,15 @@ class Telemetry:
         self._rounds = meter.create_counter(
             names.METRIC_RECOVERY_ROUNDS, "{round}", "Times that recovery looked for what is due, by how it went"
         )
+        self._batch_sizes = meter.create_histogram(
+            names.METRIC_BATCH_SIZE,
+            "{operation}",
+            "Operations that one call to the credits service carried",
+            explicit_bucket_boundaries_advisory=names.SIZES,
+        )
+        self._crowded_out = meter.create_counter(
+            names.METRIC_CROWDED_OUT, "{operation}", "Operations refused since too many were waiting for the service"
+        )
         self._commit_durations = meter.create_histogram(
             names.METRIC_COMMIT_DURATION,
             "s",
@@ -130,6 +142,7 @@ class Telemetry:
         ):
             for value in values:
                 counter.add(0, {attribute: value})
+        self._crowded_out.add(0)
 
     # Spans.
 
@@ -170,12 +183,22 @@ class Telemetry:
         operation.span.set_attribute(names.REASON, reason)
         return operation
 
-    def attempt(self, method: str, url: str, server: str, port: int, resend: int, operation: str) -> "Operation":
+    def attempt(
+        self,
+        method: str,
+        url: str,
+        server: str,
+        port: int,
+        resend: int,
+        operation: str,
+        batched: Sequence[Span] = (),
+    ) -> "Operation":
         """A client span for one HTTP attempt.
 
         Args:
             url: Without its query.
             resend: How many attempts there were before it.
+            batched: The spans of the operations that go in one call: they and its span are linked.
         """
         attributes: dict[str, str | int] = {
             names.HTTP_METHOD: method,
@@ -183,16 +206,31 @@ class Telemetry:
             names.SERVER_ADDRESS: server,
             names.SERVER_PORT: port,
         }
+        if operation in names.RETRIED or batched:
+            self._batch_sizes.record(len(batched) or 1)
         if resend:
             attributes[names.HTTP_RESEND_COUNT] = resend
             self._retries.add(1, {names.OPERATION: operation})
-        span = self._tracer.start_span(method, kind=SpanKind.CLIENT, attributes=attributes)
+        links = []
+        if batched:
+            attributes[names.BATCH_SIZE] = len(batched)
+            links = [Link(each.get_span_context()) for each in batched if each.is_recording()]
+        span = self._tracer.start_span(method, kind=SpanKind.CLIENT, attributes=attributes, links=links[:MAX_LINKS])
+        if batched and span.is_recording():
+            for each in batched:
+                if each.is_recording():
+                    each.set_attribute(names.BATCH_SIZE, len(batched))
+                    each.add_link(span.get_span_context())
         return Operation(span, "attempt", self)
 
     # Metrics.
 
     def measured(self, operation: str, outcome: str, duration_s: float) -> None:
         self._durations.record(duration_s, {names.OPERATION: operation, names.OUTCOME: _grouped(outcome)})
+
+    def crowded_out(self) -> None:
+        """An operation found no room in the line."""
+        self._crowded_out.add(1)
 
     def moved(self, kind: str, amount: int) -> None:
         """Credits that were `deducted`, `kept`, `refunded` or `voided`."""
@@ -322,6 +360,14 @@ class Operation:
         self.outcome = error_type
         self.span.set_attribute(names.ERROR_TYPE, error_type)
         self.span.set_status(Status(StatusCode.ERROR, reason))
+
+
+def traceparent_in(span: Span) -> str | None:
+    """The W3C `traceparent` of a span, or None where it is not traced."""
+    at = span.get_span_context()
+    if not at.is_valid:
+        return None
+    return f"00-{at.trace_id:032x}-{at.span_id:016x}-{at.trace_flags:02x}"
 
 
 def traceparent_of(span: Span) -> str | None:

@@ -89,13 +89,13 @@ def world() -> World:
     return World()
 
 
-@pytest.fixture
-async def client(world: World) -> AsyncIterator[Client]:
-    """Makes clients, and closes them."""
+@pytest.fixture(params=[True, False], ids=["batching", "singly"])
+async def client(world: World, request: pytest.FixtureRequest) -> AsyncIterator[Client]:
+    """Makes clients, and closes them. One operation at a time goes the same way, whether they may go in batches."""
     made: list[HttpCredits] = []
 
     def make(url: str = URL, **options: Any) -> HttpCredits:
-        made.append(HttpCredits(url, **{"runtime": world.runtime, **options}))
+        made.append(HttpCredits(url, **{"runtime": world.runtime, "batching": request.param, **options}))
         return made[-1]
 
     yield make
@@ -673,7 +673,7 @@ class TestRetrying:
             return yes() if int(key) % 2 or seen[key] == 2 else stray(429)
 
         service.post("/v1/deductions").mock(side_effect=answer)
-        credits_ = client()
+        credits_ = client(batching=False)
 
         got = await asyncio.gather(*(credits_.deduct(record(id=str(number))) for number in range(20)))
 
@@ -766,7 +766,7 @@ class TestBreaker:
 
     async def test_cancelled_calls_are_no_failures(self, client: Client, deductions: respx.Route) -> None:
         """However many clients leave, the service is not to blame."""
-        credits_ = client(breaker_failures=1)
+        credits_ = client(breaker_failures=1, batching=False)
         deductions.mock(side_effect=never)
         tasks = [asyncio.create_task(credits_.deduct(record(id=str(number)))) for number in range(20)]
         await asyncio.sleep(0.01)

@@ -427,7 +427,10 @@ class TestCrowds:
             body = json.dumps({"transaction_id": f"tx-{request.key}", "amount": 10}).encode()
             await request.send(b"HTTP/1.1 201 Created\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
 
-        async with connected(answer, max_connections=10, attempt_timeout_s=30, timeout_s=30) as (credits_, server):
+        async with connected(answer, batching=False, max_connections=10, attempt_timeout_s=30, timeout_s=30) as (
+            credits_,
+            server,
+        ):
             got = await asyncio.gather(*(credits_.deduct(record(number)) for number in range(100)))
 
             assert got == [Deducted(f"tx-charge-{number}") for number in range(100)]
@@ -436,7 +439,10 @@ class TestCrowds:
 
     async def test_no_connection_free(self) -> None:
         """Who waits in line in vain has sent nothing."""
-        async with connected(hang, max_connections=2, attempt_timeout_s=0.3, attempts=1) as (credits_, server):
+        async with connected(hang, batching=False, max_connections=2, attempt_timeout_s=0.3, attempts=1) as (
+            credits_,
+            server,
+        ):
             got = await asyncio.gather(*(credits_.deduct(record(number)) for number in range(6)))
 
             assert got == [Unknown("TimeoutError")] * 2 + [NotSent("PoolTimeout")] * 4
@@ -451,7 +457,7 @@ class TestCrowds:
             await (hang if hanging else say_yes)(request)
 
         options = {"max_connections": 5, "attempts": 1, "breaker_failures": 1000}
-        async with connected(script, attempt_timeout_s=0.5, **options) as (credits_, _):
+        async with connected(script, batching=False, attempt_timeout_s=0.5, **options) as (credits_, _):
             for _ in range(2):
                 hanging = True
                 tasks = [asyncio.create_task(credits_.deduct(record(number))) for number in range(50)]
@@ -568,7 +574,7 @@ class TestLoops:
         """After `shutdown_asyncgens`, on a loop that goes on, it begins anew."""
         async with connected(say_yes) as (credits_, server):
             assert await credits_.deduct(record()) == DEDUCTED
-            await credits_._loops[asyncio.get_running_loop()].aclose()
+            await credits_._loops[asyncio.get_running_loop()].connections.aclose()
 
             assert await credits_.deduct(record()) == DEDUCTED
             assert await credits_.deduct(record()) == DEDUCTED

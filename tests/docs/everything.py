@@ -30,6 +30,7 @@ from starlette.routing import Route
 
 from metered_billing import Account, HttpCredits, MeteredBillingMiddleware, biller, metered, settled
 from metered_billing.charge import Record
+from metered_billing.credits import line
 from metered_billing.journal import JournalError
 from metered_billing.journal.sqlite import SqliteJournal
 from metered_billing.ledger import Ledger, LedgerCorrupt, LedgerUnavailable
@@ -207,6 +208,7 @@ class Everything:
             grant = {"tenant_id": "acme", "user_id": "ann", "amount": 10_000, "reason": "x"}
             assert (await self.call("/v1/grants", grant, "grant")).status_code == 201
             await self._outcomes()
+            await self._crowds()
             await self._refusals()
             await self._trouble_afterwards()
             await self._trouble_with_the_journal()
@@ -220,6 +222,15 @@ class Everything:
         assert await self.post(answer={"results": [{"status": "ok"}] * 11}) == 200
         assert await self.post(answer=Response("{", media_type="application/json")) == 200
         assert await self.post("/read") == 200
+
+    async def _crowds(self) -> None:
+        statuses = await asyncio.gather(*(self.post(answer=BAD) for _ in range(5)))
+        assert statuses == [200] * 5
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(self.middleware), base_url="http://app") as client:
+            await asyncio.gather(*(client.post("/work") for _ in range(5)))
+        await settled()
+        with self.patched(line.Line, "has_room", lambda *_: False):
+            assert await self.post() == 503
 
     async def _refusals(self) -> None:
         assert await self.post(cost=100_000) == 402

@@ -61,11 +61,14 @@ def test_spans_are_on_the_page(everything: Everything) -> None:
     rows = table(PAGE, "Spans")
     assert {name for row in rows for name in code(row[0])} == {span.name for span in everything.spans}
     ids = {span.context.span_id: span.name for span in everything.spans if span.context is not None}
-    linked = {span.name for span in everything.spans if span.links}
-    assert linked == {code(row[0])[0] for row in rows if row[3] == "the deduction"}
+    linked = {(span.name, ids[link.context.span_id]) for span in everything.spans for link in span.links}
+    operations = (names.SPAN_DEDUCT, names.SPAN_REFUND, names.SPAN_VOID)
+    assert linked == {
+        *((code(row[0])[0], names.SPAN_DEDUCT) for row in rows if "the deduction" in row[3]),
+        *((code(row[0])[0], "POST") for row in rows if "the call that carried it" in row[3]),
+        *(("POST", name) for row in rows if "the operations that it carried" in row[3] for name in operations),
+    }
     for span in everything.spans:
-        for link in span.links:
-            assert ids[link.context.span_id] == names.SPAN_DEDUCT
         assert (span.kind is SpanKind.CLIENT) == (span.name in GROUPS["calls"])
 
 

@@ -7,7 +7,7 @@ then. Nothing that arrives is undone by what happens to its reply.
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -37,6 +37,9 @@ class Call:
     query: bytes
     headers: tuple[tuple[bytes, bytes], ...]
     body: bytes
+    parts: "tuple[Call, ...]" = ()
+    refused: frozenset[str] = frozenset()
+    """Of a batch: its operations, and the charges of those that the service refuses for good."""
 
 
 @dataclass
@@ -76,8 +79,11 @@ class Network:
     async def send(self, process: Process, call: Call, connect_s: float) -> httpx.Response:
         """One call of an app's, and what comes of it."""
         world, random = self._world, self._world.random
-        if call.operation == "deduct":
+        if "deduct" in (call.operation, *(part.operation for part in call.parts)):
             world.deduction_goes_out(process)
+        call = world.refuse_parts(process, call)
+        if call.parts:
+            world.coverage["batch", str(len(call.parts))] += 1
         world.call_goes_out(process)
         fault = world.fault_of_call(process, call)
         world.note(process.name, call.operation, call.charge_id, fault or "")
@@ -124,7 +130,8 @@ class Network:
         if fault == "5xx after":
             return _response(Reply(random.choice((500, 502, 503, 504)), HTML, b""))
         if fault == "stray proxy after":
-            return _response(Reply(random.choice(world.stray), HTML, b"<h1>hello</h1>"))
+            stray = (404, 405, 501) if call.parts else world.stray  # as if there were no batches
+            return _response(Reply(random.choice(stray), HTML, b"<h1>hello</h1>"))
         if fault == "broken reply":
             return _response(_broken(world, answer))
         if fault == "compressed reply":
@@ -184,7 +191,11 @@ class Network:
             world.problem(f"the service raised {error!r}")
             answer = Reply(500, HTML, b"")
         service.check()
-        world.answered(call, answer)
+        if call.parts and answer.status == 200:
+            for part, result in zip(call.parts, json.loads(answer.body)["results"], strict=True):
+                world.answered(part, Reply(result["status"], [], b""))
+        else:
+            world.answered(call, answer)
         if reply is not None:
             service.expected.pop(reply, None)
             if not reply.done():
@@ -192,25 +203,59 @@ class Network:
 
     async def _asked(self, service: Process, call: Call) -> Reply:
         """The service's own answer; one that looks at the balance before the key declines what it has taken."""
+        if call.parts:
+            return await self._asked_for_many(service, call)
         answer = await _served(service.app, call)
-        if call.operation == "deduct" and answer.status == 200 and self._world.service_kind.balance_first:
-            asked = json.loads(call.body)
-            try:
-                held = await service.journal.balance(asked["tenant_id"], asked.get("user_id"))
-            except LedgerError:
-                return answer
-            if held < asked["amount"]:
-                said = {
-                    "type": "urn:metered-billing:insufficient-credits",
-                    "balance": held,
-                    "required": asked["amount"],
-                }
+        if call.operation == "deduct" and answer.status == 200:
+            said = await self._too_little(service, json.loads(call.body))
+            if said is not None:
                 return Reply(402, PROBLEM, json.dumps(said).encode())
         return answer
 
+    async def _asked_for_many(self, service: Process, call: Call) -> Reply:
+        """As alone, so in a batch; what the service has not, or refuses for good, it is not asked for."""
+        operations = json.loads(call.body)["operations"]
+        results: list[dict[str, Any] | None] = []
+        for part in call.parts:
+            missing = self._missing(part)
+            if missing is not None:
+                results.append({"status": missing.status, "body": {}})
+            elif part.charge_id in call.refused:
+                results.append({"status": 422, "body": {"type": "urn:metered-billing:forbidden-by-hand"}})
+            else:
+                results.append(None)
+        asked = [operation for operation, result in zip(operations, results, strict=True) if result is None]
+        body = json.dumps({"operations": asked}).encode()
+        headers = (*(each for each in call.headers if each[0] != b"content-length"),)
+        headers += ((b"content-length", str(len(body)).encode()),)
+        answer = await _served(service.app, replace(call, body=body, headers=headers))
+        if answer.status != 200:
+            return answer
+        rest = iter(json.loads(answer.body)["results"])
+        results = [result or next(rest) for result in results]
+        for number, (operation, result) in enumerate(zip(operations, results, strict=True)):
+            if operation["op"] == "deduct" and result is not None and result["status"] == 200:
+                said = await self._too_little(service, operation)
+                if said is not None:
+                    results[number] = {"status": 402, "body": said}
+        return Reply(200, answer.headers, json.dumps({"results": results}).encode())
+
+    async def _too_little(self, service: Process, asked: dict[str, Any]) -> dict[str, Any] | None:
+        """What a service that looks at the balance first says of a deduction that it has done already."""
+        if not self._world.service_kind.balance_first:
+            return None
+        try:
+            held = await service.journal.balance(asked["tenant_id"], asked.get("user_id"))
+        except LedgerError:
+            return None
+        if held >= asked["amount"]:
+            return None
+        return {"type": "urn:metered-billing:insufficient-credits", "balance": held, "required": asked["amount"]}
+
     def _missing(self, call: Call) -> Reply | None:
-        """What a service without voids says of them."""
-        if call.operation != "void" or self._world.service_kind.has_voids:
+        """What a service without voids, or without batches, says of them."""
+        kind = self._world.service_kind
+        if (call.operation != "void" or kind.has_voids) and (call.operation != "batch" or kind.has_batches):
             return None
         return Reply(self._world.random.choice((404, 405, 501)), HTML, b"no such thing")
 
@@ -246,9 +291,17 @@ def call_of(request: httpx.Request) -> Call:
         operation, charge_id = "void", json.loads(body)["idempotency_key"]
     elif path.endswith(b"/deductions"):
         operation, charge_id = "deduct", key
+    elif path.endswith(b"/batch"):
+        parts = tuple(_part(operation, headers) for operation in json.loads(body)["operations"])
+        return Call("batch", "", request.method, path.decode(), query, headers, body, parts)
     else:
         operation, charge_id = "find", ""
     return Call(operation, charge_id, request.method, path.decode(), query, headers, body)
+
+
+def _part(operation: dict[str, Any], headers: tuple[tuple[bytes, bytes], ...]) -> Call:
+    charge_id = operation["idempotency_key"].removesuffix(":refund")
+    return Call(operation["op"], charge_id, "POST", "", b"", headers, json.dumps(operation).encode())
 
 
 async def _served(app: Any, call: Call) -> Reply:

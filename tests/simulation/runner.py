@@ -69,7 +69,7 @@ def blind_to(coverage: Counter[tuple[str, str]]) -> list[str]:
     """Faults that never struck, and rows of the table of states that never happened."""
     struck = {kind for kind, _ in coverage}
     rows = {row for rows in TRANSITIONS.values() for row in rows}
-    return sorted(set(KINDS) - struck) + sorted(rows - {row for kind, row in coverage if kind == "transition"})
+    return sorted({*KINDS, "batch"} - struck) + sorted(rows - {row for kind, row in coverage if kind == "transition"})
 
 
 def seeds_of(text: str) -> list[int]:
@@ -113,7 +113,7 @@ def trace_of(world: World) -> Iterator[str]:
 
 def table(coverage: Counter[tuple[str, str]]) -> Iterator[str]:
     """How often each fault struck, and at which state or in which operation."""
-    for kind in (*KINDS, "transition"):
+    for kind in (*KINDS, "transition", "batch"):
         found = sorted(((number, where) for (what, where), number in coverage.items() if what == kind), reverse=True)
         total = sum(number for number, _ in found)
         yield f"{kind:28}{total:8}  {', '.join(f'{where} {number}' for number, where in found)}"

@@ -35,6 +35,7 @@ from metered_billing.charge import (
 from metered_billing.credits import contract, http
 from metered_billing.credits.contract import Contract, Reply
 from metered_billing.credits.http import HttpCredits
+from metered_billing.credits.line import Line
 from metered_billing.errors import InsufficientCredits
 from metered_billing.journal import lock, sqlite
 from metered_billing.journal.sqlite import SqliteJournal
@@ -81,10 +82,10 @@ def new_key_per_retry() -> Iterator[None]:
     """All attempts at a deduction go under its one key."""
     attempt = HttpCredits._attempt
 
-    async def broken(self: Any, call: Any, timeout_s: float, operation: str, resend: int) -> Any:
+    async def broken(self: Any, call: Any, timeout_s: float, operation: str, resend: int, *args: Any) -> Any:
         if operation == "deduct" and resend:
             call = replace(call, key=f"{call.key}-{resend}")
-        return await attempt(self, call, timeout_s, operation, resend)
+        return await attempt(self, call, timeout_s, operation, resend, *args)
 
     with replaced(HttpCredits, "_attempt", broken):
         yield
@@ -159,6 +160,54 @@ def abandoned_after_an_answer() -> Iterator[None]:
         return result
 
     with replaced(HttpCredits, "_read", broken):
+        yield
+
+
+@variant
+def stray_404_to_a_batch_is_not_sent() -> Iterator[None]:
+    """A 404 to a batch may come from a proxy, after the service has done all of it."""
+    shares = HttpCredits._shares
+
+    def broken(self: Any, outcome: Any, size: int) -> Any:
+        found = shares(self, outcome, size)
+        return [http._Silence("no batches", sent=False) if isinstance(each, http._NoBatch) else each for each in found]
+
+    with replaced(HttpCredits, "_shares", broken):
+        yield
+
+
+@variant
+def answers_of_a_batch_are_mixed_up() -> Iterator[None]:
+    """Each operation of a batch has the answer that stands in its place."""
+    read = contract.Contract.read_batch
+
+    def broken(self: Any, reply: Any, size: int) -> Any:
+        replies = read(self, reply, size)
+        return replies and replies[::-1]
+
+    with replaced(contract.Contract, "read_batch", broken):
+        yield
+
+
+@variant
+def broken_batch_answer_is_not_sent() -> Iterator[None]:
+    """An answer to a batch that cannot be read says nothing of what was done."""
+    shares = HttpCredits._shares
+
+    def broken(self: Any, outcome: Any, size: int) -> Any:
+        return [
+            replace(each, sent=False) if isinstance(each, http._Silence) and "batch" in each.reason else each
+            for each in shares(self, outcome, size)
+        ]
+
+    with replaced(HttpCredits, "_shares", broken):
+        yield
+
+
+@variant
+def place_in_line_is_kept() -> Iterator[None]:
+    """Whoever has made its call leaves its place in the line to the next one."""
+    with replaced(Line, "leave", lambda self: None):
         yield
 
 

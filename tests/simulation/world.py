@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -79,11 +79,12 @@ class ServiceKind:
     has_voids: bool
     remembers_declines: bool
     balance_first: bool
+    has_batches: bool
 
     @classmethod
-    def any(cls, random: Random) -> "ServiceKind":
+    def any(cls, random: Random, *, has_batches: bool) -> "ServiceKind":
         voids, declines = random.random() < 0.7, random.random() < 0.7
-        return cls(voids, declines, voids and declines and random.random() < 0.25)
+        return cls(voids, declines, voids and declines and random.random() < 0.25, has_batches)
 
 
 class World:
@@ -101,7 +102,13 @@ class World:
         self.chaos = True
         self.disk = Disk(self)
         self.network = Network(self)
-        self.service_kind = ServiceKind.any(self.random)
+        # By a random source of its own: what batches change, they change only where there are some.
+        batches = Random(f"batches of {seed}")
+        self.batching = batches.random() < 0.8
+        self.deductions_at_once = batches.choice((1, 1, 2))
+        # In some runs clients come in crowds, all in one moment: so many crowds.
+        self.crowds = batches.choice((0, 1, 2, 3)) if self.batching else 0
+        self.service_kind = ServiceKind.any(self.random, has_batches=batches.random() < 0.8)
         if not self.service_kind.remembers_declines:
             self.profile.dwell_on(self.random, "request late", "duplicate")
         elif self.service_kind.balance_first:
@@ -110,6 +117,8 @@ class World:
             self.profile.drop("duplicate")
         elif not self.service_kind.has_voids:
             self.profile.dwell_on(self.random, "stray proxy before", "stray proxy after", "reply lost")
+        if self.crowds > 1 and self.service_kind.has_batches:
+            self.profile.dwell_on(batches, "stray proxy after", "refused")
         if LOSE_OWNERSHIP & self.profile.rates.keys():
             self.profile.dwell_on(self.random, "slow", "recovered by hand", "lock file removed")
         self.machines = (Machine(self, "app machine"), Machine(self, "service machine"))
@@ -126,6 +135,7 @@ class World:
         # What was seen, to judge by.
         self.states: dict[str, State] = {}
         self.deducted: set[str] = set()
+        self.declined: set[str] = set()
         self.voided: set[str] = set()
         self.heard_402: set[str] = set()
         self.outcomes: dict[str, Record] = {}
@@ -199,6 +209,18 @@ class World:
             self.coverage[fault, call.operation] += 1
         return fault
 
+    def refuse_parts(self, process: Process, call: Call) -> Call:
+        """In a batch, too, the service refuses some of what is to be given back for good."""
+        if self.chaos:
+            for part in call.parts:
+                if part.operation != "deduct" and (
+                    part.charge_id in self.refusing or self.strikes("refused for good", process)
+                ):
+                    self.refusing.add(part.charge_id)
+                    self.refused.add(part.charge_id)
+                    call = replace(call, refused=call.refused | {part.charge_id})
+        return call
+
     # What is seen.
 
     def route_runs(self, story: Story, charge: Any) -> None:
@@ -218,15 +240,19 @@ class World:
         self.note("service", call.operation or call.path, call.charge_id, reply.status)
         if call.operation == "deduct" and reply.status in (200, 201):
             self.deducted.add(call.charge_id)
+        elif call.operation == "deduct" and reply.status == 402:
+            self.declined.add(call.charge_id)
         elif call.operation == "void" and reply.status == 200:
             self.voided.add(call.charge_id)
-        if reply.status >= 500 and not self.profile.rates and call.operation != "void":
+        if reply.status >= 500 and not self.profile.rates and call.operation not in ("void", "batch"):
             self.problem(f"the service answered {reply.status}")
 
     def heard(self, call: Call, status: int) -> None:
         """An app has got an answer, be it from the service or from whoever stands in between."""
         if call.operation == "deduct" and status == 402:
             self.heard_402.add(call.charge_id)
+        if status == 200:
+            self.heard_402 |= self.declined.intersection(part.charge_id for part in call.parts)
 
     def logged(self, process: Process, event: str, record: Record | None, error: BaseException | None) -> None:
         if error is not None and _is_dead(error):
@@ -452,6 +478,8 @@ class World:
         number = self.random.choice((4, 8, 12))
         for index in range(number):
             story = make_story(index, self.random, self.lasts_s)
+            if self.crowds:
+                story.starts_at -= story.starts_at % (self.lasts_s / self.crowds)
             self.stories[story.id] = story
             self.later(story.starts_at, lambda story=story: self.begin(self.request(story), story.id))  # type: ignore[misc]
         self._plan()
@@ -825,9 +853,11 @@ def app_of(world: World, process: Process) -> Starlette:
         token="app",
         contract=None if world.service_kind.remembers_declines else Forgetful(),
         transport=Transport(world, process),
+        batching=world.batching,
         runtime=process.runtime,
         telemetry=telemetry,
     )
+    credits._deductions_at_once = world.deductions_at_once
     options: dict[str, Any] = {
         "credits": credits,
         "journal": process.journal,

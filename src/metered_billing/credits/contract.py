@@ -138,9 +138,17 @@ class Contract:
 
     Attributes:
         remembers_declines: Whether a key once declined is declined for ever.
+        batches: Whether the service takes many operations in one call (`batch`). In a subclass that asks for
+            something otherwise, or reads it otherwise: only if it says so.
     """
 
     remembers_declines: ClassVar[bool] = True
+    batches: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "batches" not in vars(cls) and not vars(cls).keys().isdisjoint(_IN_A_BATCH):
+            cls.batches = False
 
     # Which call to make.
 
@@ -166,6 +174,20 @@ class Contract:
     def void(self, record: Record) -> Call | None:
         """None: this service has no voids."""
         return Call("POST", "/v1/voids", {**_account(record), "idempotency_key": record.id})
+
+    def batched(self, operation: str, record: Record, call: Call) -> Mapping[str, Any]:
+        """A call that was made above, as a batch has it.
+
+        Args:
+            operation: `deduct`, `refund` or `void`.
+        """
+        key = {} if call.key is None else {"idempotency_key": call.key}
+        transaction = {"transaction_id": record.transaction_id} if operation == "refund" else {}
+        return {"op": operation, **key, **(call.body or {}), **transaction}
+
+    def batch(self, operations: Sequence[bytes]) -> tuple[str, bytes]:
+        """The path and the body of a batch of what `batched` made, as JSON."""
+        return "/v1/batch", b'{"operations":[' + b",".join(operations) + b"]}"
 
     def transactions(self, tenant_id: str, user_id: str | None, cursor: str | None, limit: int) -> Call:
         params: dict[str, str | int] = {"tenant_id": tenant_id, "limit": limit}
@@ -220,6 +242,13 @@ class Contract:
             return NoVoid() if reply.problem is None else Refused(str(reply))
         return _refused(reply)
 
+    def read_batch(self, reply: Reply, size: int) -> "Sequence[Reply | None] | None":
+        """Each operation's own answer, in order, and None where it cannot be read. None: this is no batch's answer."""
+        results = reply.body.get("results") if reply.status == 200 and isinstance(reply.body, dict) else None
+        if not isinstance(results, list) or len(results) != size:
+            return None
+        return [_result(result) for result in results]
+
     def read_transactions(self, reply: Reply) -> Page | None:
         """None: no such answer."""
         answer = parse(_PageAnswer, reply.body) if reply.status == 200 else None
@@ -233,6 +262,19 @@ class Contract:
                 transaction_id = entry and (entry.transaction_id or entry.id)
                 return Found(transaction_id) if transaction_id else Unanswered("a transaction without an id")
         return NotFound()
+
+
+_IN_A_BATCH = ("deduction", "refund", "void", "read_deduction", "read_refund", "read_void")
+
+_PROBLEM = {"content-type": "application/problem+json"}
+
+
+def _result(result: Any) -> Reply | None:
+    status = result.get("status") if isinstance(result, dict) else None
+    if type(status) is not int or not 200 <= status <= 599:
+        return None
+    # Each speaks for the service itself: whoever else had answered would not have known the batch.
+    return Reply(status, _PROBLEM if status >= 400 else {}, result.get("body"))
 
 
 def _refused(reply: Reply) -> Refused | Unanswered:

@@ -1,8 +1,9 @@
-"""Credits over HTTP: retry(breaker(attempt)) around one shared client per event loop.
+"""Credits over HTTP: retry(breaker(attempt)), and a line in which operations gather while a call is in flight.
 
 A deduction is tried a few times under its one key within a deadline, since a request waits for it. A refund
-or a void is tried once a call: the biller comes back with it, for ever. Whatever happens, the answer is a
-value, and it never says "not sent" of something that may have been.
+or a void is tried once a call: the biller comes back with it, for ever. First attempts stand in line, and go
+out together; whatever is tried again goes by itself, so that nothing is held up by its neighbours twice. Whatever
+happens, the answer is a value, and it never says "not sent" of something that may have been.
 """
 
 import asyncio
@@ -10,12 +11,14 @@ import json
 import math
 import re
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import httpx
 import tenacity
+from opentelemetry import trace
+from opentelemetry.trace import Span
 from pydantic import SecretStr
 
 from metered_billing import names
@@ -35,8 +38,9 @@ from metered_billing.charge import (
 from metered_billing.credits.breaker import Breaker, Open, RetryBudget
 from metered_billing.credits.connections import Connections, Lent, fetch
 from metered_billing.credits.contract import Call, Contract, Reply, read_json, retry_after_s
+from metered_billing.credits.line import ALONE, Line, Waiting
 from metered_billing.runtime import Runtime
-from metered_billing.telemetry import Telemetry, propagate
+from metered_billing.telemetry import Telemetry, propagate, traceparent_in
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -48,7 +52,20 @@ PAGE = 200
 MAX_PAGES = 10_000
 """How far a transaction is looked for: a list without an end must not hold up recovery for ever."""
 
+DEDUCTIONS_AT_ONCE = 2
+UNDOING_AT_ONCE = 1
+"""Calls in flight together, of first attempts: deductions, and refunds and voids, which neither holds up."""
+
+GROUP = 1000
+"""The most operations that one call carries."""
+
 _CIRCUIT_OPEN = "circuit open"
+
+_CROWDED = "too many are waiting for the credits service"
+_LATE = "waited too long for the credits service"
+_FINAL = (_CIRCUIT_OPEN, _CROWDED, _LATE)
+
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 
@@ -60,6 +77,38 @@ class _Silence:
     reason: str
     sent: bool
     retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _NoBatch:
+    """There are no batches here, or so somebody says; whether it was passed on nevertheless is unknown."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What stands in line.
+
+    Attributes:
+        deadline: When it must have its answer, on the runtime's monotonic clock.
+        span: Of the operation.
+    """
+
+    operation: str
+    record: Record
+    call: Call
+    deadline: float
+    span: Span
+
+
+@dataclass(frozen=True, slots=True)
+class _Here:
+    """What belongs to one event loop."""
+
+    connections: Connections
+    deductions: Line
+    undoing: Line
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +134,9 @@ class HttpCredits:
         contract: What to ask and how to read the answers, for services of another shape.
         transport: What is sent through instead of the network, on every event loop; it stays yours to close.
         max_connections: Open at the same time, per event loop.
+        batching: Whether what is asked for while a call is in flight goes out in one call, where the contract has
+            batches.
+        max_waiting: Operations that may stand in line, per event loop. Beyond it: 503.
 
     Raises:
         ValueError: The URL, the token or a number cannot be right; its text never shows the token.
@@ -104,14 +156,16 @@ class HttpCredits:
         contract: Contract | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         max_connections: int = 100,
+        batching: bool = True,
+        max_waiting: int = 5000,
         runtime: Runtime | None = None,
         telemetry: Telemetry | None = None,
     ) -> None:
         self._url = _checked_url(url)
         self._token = checked_token(token)
-        numbers = (timeout_s, attempt_timeout_s, attempts, breaker_failures, breaker_reset_s, max_connections)
-        if not all(0 < number < math.inf for number in numbers):
-            raise ValueError("timeouts, attempts, connections and the breaker's numbers must be above 0, and finite")
+        numbers = (timeout_s, attempt_timeout_s, attempts, breaker_failures, breaker_reset_s)
+        if not all(0 < number < math.inf for number in (*numbers, max_connections, max_waiting)):
+            raise ValueError("timeouts, attempts, lengths and the breaker's numbers must be above 0, and finite")
         self._timeout_s = timeout_s
         self._attempt_timeout_s = attempt_timeout_s
         self._contract = contract or Contract()
@@ -119,13 +173,17 @@ class HttpCredits:
         # Made once, for with certificates it takes 40 ms; those of SSL_CERT_FILE or SSL_CERT_DIR, where it is set.
         self._tls = httpx.create_ssl_context(verify=self._url.scheme == "https")
         self._max_connections = max_connections
+        self._max_waiting = max_waiting
+        self._deductions_at_once = DEDUCTIONS_AT_ONCE
+        self._batches = batching and self._contract.batches
+        self._batch_was_answered = False
         self._runtime = runtime or Runtime()
         self._telemetry = telemetry or Telemetry()
         self._breaker = Breaker(
             breaker_failures, breaker_reset_s, self._runtime.monotonic, self._telemetry.breaker_changed
         )
         self._budget = RetryBudget()
-        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Connections] = weakref.WeakKeyDictionary()
+        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Here] = weakref.WeakKeyDictionary()
         # Copied for every call: a shared one keeps its state on itself, and concurrent users of it
         # run successful calls twice.
         self._retrying = tenacity.AsyncRetrying(
@@ -166,9 +224,11 @@ class HttpCredits:
 
     async def aclose(self) -> None:
         """Close this event loop's connections; those that are in use as soon as they have their answer."""
-        connections = self._loops.pop(asyncio.get_running_loop(), None)
-        if connections is not None:
-            await connections.aclose()
+        here = self._loops.pop(asyncio.get_running_loop(), None)
+        if here is not None:
+            await here.deductions.aclose()
+            await here.undoing.aclose()
+            await here.connections.aclose()
 
     async def _answered(self, record: Record, work: Coroutine[Any, Any, T], otherwise: Callable[[str], U]) -> T | U:
         """What `work` answers. A bug in it, which is to say in a contract of the user's own, is loud, and no answer."""
@@ -183,18 +243,33 @@ class HttpCredits:
     async def _deduct(self, record: Record) -> DeductAnswer:
         call = self._contract.deduction(record)
         deadline = self._runtime.monotonic() + self._timeout_s
+        self._budget.called()
+        outcome = await self._first(_Asked("deduct", record, call, deadline, trace.get_current_span()))
         doubt: str | None = None
+        if isinstance(outcome, _NoBatch):
+            doubt = outcome.reason
+            outcome = await self._send(call, self._left_s(deadline), "deduct", 0)
+        result = self._read(record, outcome)
+        if isinstance(result.answer, Unknown):
+            doubt = doubt or result.answer.reason
+        if result.again:
+            result, doubt = await self._again(record, call, deadline, result, doubt)
+        if doubt is not None:
+            return after_unknown(result.answer, doubt)
+        return result.answer
+
+    async def _again(
+        self, record: Record, call: Call, deadline: float, first: _Attempt, doubt: str | None
+    ) -> tuple[_Attempt, str | None]:
+        """What came of further attempts, and the first reason for doubt there was."""
         number = 0
 
         async def attempt() -> _Attempt:
             nonlocal doubt, number
-            left_s = deadline - self._runtime.monotonic()
-            if left_s > 0:
-                outcome = await self._send(call, min(self._attempt_timeout_s, left_s), "deduct", number)
-            else:  # overslept
-                outcome = _Silence("out of time", sent=False)
             number += 1
-            result = self._read(record, outcome)
+            if number == 1:
+                return first
+            result = self._read(record, await self._send(call, self._left_s(deadline), "deduct", number - 1))
             if isinstance(result.answer, Unknown) and doubt is None:
                 doubt = result.answer.reason
             return result
@@ -207,14 +282,11 @@ class HttpCredits:
                 or not self._budget.take()
             )
 
-        self._budget.called()
         last: _Attempt = await self._retrying.copy(stop=stop)(attempt)
-        if doubt is not None:
-            return after_unknown(last.answer, doubt)
-        return last.answer
+        return last, doubt
 
     async def _refund(self, record: Record) -> RefundAnswer:
-        outcome = await self._send(self._contract.refund(record), self._attempt_timeout_s, "refund", record.tries)
+        outcome = await self._undo("refund", record, self._contract.refund(record))
         if isinstance(outcome, _Silence):
             return _unanswered(outcome)
         return self._with_patience(outcome, self._contract.read_refund(record, outcome))
@@ -223,10 +295,17 @@ class HttpCredits:
         call = self._contract.void(record)
         if call is None:
             return NoVoid()
-        outcome = await self._send(call, self._attempt_timeout_s, "void", record.tries)
+        outcome = await self._undo("void", record, call)
         if isinstance(outcome, _Silence):
             return _unanswered(outcome)
         return self._with_patience(outcome, self._contract.read_void(record, outcome))
+
+    async def _undo(self, operation: str, record: Record, call: Call) -> Reply | _Silence:
+        if record.tries == 0:
+            outcome = await self._first(_Asked(operation, record, call, math.inf, trace.get_current_span()))
+            if not isinstance(outcome, _NoBatch):
+                return outcome
+        return await self._send(call, self._attempt_timeout_s, operation, record.tries)
 
     async def _find(self, record: Record) -> FindAnswer:
         account, cursor = record.account, None
@@ -248,16 +327,113 @@ class HttpCredits:
             seen.add(cursor)
         return Unanswered("the list of transactions has no end")
 
+    # In line, for the first attempt.
+
+    async def _first(self, asked: _Asked) -> Reply | _Silence | _NoBatch:
+        """Make the call when it is its turn, or hear what came of the call that it was part of."""
+        if not self._batches:
+            return await self._send(asked.call, self._left_s(asked.deadline), asked.operation, 0)
+        blocked_s = self._breaker.remaining_s()
+        if blocked_s > 0:
+            return _Silence(_CIRCUIT_OPEN, sent=False, retry_after_s=blocked_s)
+        here = await self._here()
+        line, account = here.deductions if asked.operation == "deduct" else here.undoing, asked.record.account
+        if not line.has_room(account):
+            self._telemetry.crowded_out()
+            return _Silence(_CROWDED, sent=False, retry_after_s=1.0)
+        left_s = min(asked.deadline - self._runtime.monotonic(), self._timeout_s)
+        # Enough must be left for a call of its own.
+        waiting = line.join(asked, account, _weight(asked), left_s - self._left_s(asked.deadline) / 2)
+        alone = False
+        try:
+            outcome = await waiting.told
+            alone = outcome is ALONE
+            if not alone:
+                return outcome  # type: ignore[no-any-return]
+            return await self._send(asked.call, self._left_s(asked.deadline), asked.operation, 0)
+        finally:
+            # It may have been told, and be cancelled before it has heard of it.
+            if alone or (waiting.told.done() and not waiting.told.cancelled() and _was_alone(waiting)):
+                line.leave()
+
+    def _left_s(self, deadline: float) -> float:
+        """What one attempt may take."""
+        return min(self._attempt_timeout_s, deadline - self._runtime.monotonic())
+
+    async def _send_group(self, group: Sequence[Waiting]) -> None:
+        """Make one call for many, and tell each what came of it."""
+        sent: list[Waiting] = []
+        operations: list[bytes] = []
+        for waiting in group:
+            asked: _Asked = waiting.asked
+            try:
+                operation = dict(self._contract.batched(asked.operation, asked.record, asked.call))
+                traceparent = traceparent_in(asked.span)
+                if traceparent is not None:
+                    operation["traceparent"] = traceparent
+                operations.append(_encode(operation).encode())
+            except Exception as error:
+                waiting.fail(error)
+            else:
+                sent.append(waiting)
+        if not sent:
+            return
+        path, content = self._contract.batch(operations)
+        now = self._runtime.monotonic()
+        timeout_s = min(self._attempt_timeout_s, max(waiting.asked.deadline for waiting in sent) - now)
+        late = _Silence("TimeoutError", sent=True)
+        hurried = [
+            asyncio.get_running_loop().call_later(waiting.asked.deadline - now, waiting.tell, late)
+            for waiting in sent
+            if waiting.asked.deadline - now < timeout_s
+        ]
+        try:
+            spans = [waiting.asked.span for waiting in sent]
+            outcome = await self._send(Call("POST", path), timeout_s, "batch", 0, content, spans)
+        finally:
+            for timer in hurried:
+                timer.cancel()
+        for waiting, each in zip(sent, self._shares(outcome, len(sent)), strict=True):
+            waiting.tell(each)
+
+    def _shares(self, outcome: Reply | _Silence, size: int) -> Sequence[Reply | _Silence | _NoBatch]:
+        """What came of each of a group, given what came of its call."""
+        if isinstance(outcome, _Silence):
+            return [outcome] * size
+        replies = self._contract.read_batch(outcome, size)
+        if replies is not None:
+            self._batch_was_answered = True
+            if any(reply is not None and reply.status in (401, 403) for reply in replies):
+                self._telemetry.log(names.LOG_REJECTED, status=403, server=self._url.host)
+            return [_Silence("broken result in a batch", sent=True) if reply is None else reply for reply in replies]
+        if outcome.status in (404, 405, 501):
+            # One that had batches a moment ago still has: then it is a deployment, or a proxy.
+            self._batches = self._batch_was_answered
+            return [_NoBatch(f"a batch was answered {outcome}")] * size
+        if outcome.status >= 500 or outcome.status in (401, 403, 408, 425, 429):
+            return [outcome] * size
+        return [_Silence(f"a batch was answered {outcome}", sent=True)] * size
+
     # One attempt.
 
-    async def _send(self, call: Call, timeout_s: float, operation: str, resend: int) -> Reply | _Silence:
+    async def _send(
+        self,
+        call: Call,
+        timeout_s: float,
+        operation: str,
+        resend: int,
+        content: bytes | None = None,
+        batched: Sequence[Span] = (),
+    ) -> Reply | _Silence:
         """Send once, if the breaker lets it through."""
+        if timeout_s <= 0:  # overslept
+            return _Silence("out of time", sent=False)
         admitted = self._breaker.admit()
         if isinstance(admitted, Open):
             return _Silence(_CIRCUIT_OPEN, sent=False, retry_after_s=admitted.retry_after_s)
         failed: bool | None = None
         try:
-            outcome = await self._attempt(call, timeout_s, operation, resend)
+            outcome = await self._attempt(call, timeout_s, operation, resend, content, batched)
             if isinstance(outcome, Reply):
                 # 501 is an answer: a service without voids gives it to every void.
                 failed = outcome.status >= 500 and outcome.status != 501
@@ -267,10 +443,19 @@ class HttpCredits:
         finally:
             self._breaker.report(admitted, failed)
 
-    async def _attempt(self, call: Call, timeout_s: float, operation: str, resend: int) -> Reply | _Silence:
+    async def _attempt(
+        self,
+        call: Call,
+        timeout_s: float,
+        operation: str,
+        resend: int,
+        content: bytes | None = None,
+        batched: Sequence[Span] = (),
+    ) -> Reply | _Silence:
         url = self._url.copy_with(raw_path=self._url.raw_path.rstrip(b"/") + call.path.encode("ascii"))
-        # In ASCII: what is no Unicode (a lone surrogate in an exception's text, say) can be sent all the same.
-        content = None if call.body is None else json.dumps(call.body, separators=(",", ":")).encode()
+        if content is None and call.body is not None:
+            # In ASCII: what is no Unicode (a lone surrogate in an exception's text, say) can be sent all the same.
+            content = _encode(call.body).encode()
         headers = {"Accept": "application/json, application/problem+json", "User-Agent": "metered-billing"}
         headers["Accept-Encoding"] = "identity"
         if content is not None:
@@ -278,8 +463,8 @@ class HttpCredits:
         if call.key is not None:
             headers["Idempotency-Key"] = call.key
         port = url.port or (443 if url.scheme == "https" else 80)
-        connections = await self._connections()
-        with self._telemetry.attempt(call.method, str(url), url.host, port, resend, operation) as span:
+        connections = (await self._here()).connections
+        with self._telemetry.attempt(call.method, str(url), url.host, port, resend, operation, batched) as span:
             propagate(headers)
             try:
                 # httpx's own timeouts are for each read and write: a trickling reply outlasts them all.
@@ -316,15 +501,27 @@ class HttpCredits:
         """In no variable of whoever calls it: tracebacks in logs may show those."""
         return {} if self._token is None else {"Authorization": f"Bearer {self._token.get_secret_value()}"}
 
-    async def _connections(self) -> Connections:
+    async def _here(self) -> _Here:
         loop = asyncio.get_running_loop()
-        connections = self._loops.get(loop)
-        if connections is None or connections.closed:
+        here = self._loops.get(loop)
+        if here is None or here.connections.closed:
             for gone in [other for other in self._loops if other.is_closed()]:
                 del self._loops[gone]
-            connections = self._loops[loop] = Connections(self._new_transport, self._max_connections)
+            connections = Connections(self._new_transport, self._max_connections)
+            lines = (self._line(at_once) for at_once in (self._deductions_at_once, UNDOING_AT_ONCE))
+            here = self._loops[loop] = _Here(connections, *lines)
             await connections.open()
-        return connections
+        return here
+
+    def _line(self, at_once: int) -> Line:
+        return Line(
+            self._send_group,
+            late=_Silence(_LATE, sent=False),
+            lost=_Silence("the call was broken off", sent=True),
+            at_once=at_once,
+            group=GROUP,
+            waiting=self._max_waiting,
+        )
 
     def _new_transport(self) -> httpx.AsyncBaseTransport:
         if self._transport is not None:
@@ -338,8 +535,9 @@ class HttpCredits:
         if isinstance(outcome, _Silence):
             wait_s = outcome.retry_after_s or self._breaker.remaining_s() or None
             if not outcome.sent:
-                # The circuit does not close within a request: an open one is not tried again.
-                return _Attempt(NotSent(outcome.reason, wait_s), again=outcome.reason != _CIRCUIT_OPEN)
+                # The circuit does not close within a request: an open one is not tried again. Nor is more asked
+                # of a service that does not keep up.
+                return _Attempt(NotSent(outcome.reason, wait_s), again=outcome.reason not in _FINAL)
             return _Attempt(Unknown(outcome.reason, wait_s), again=True)
         answer = self._contract.read_deduction(record, outcome)
         wait_s = retry_after_s(outcome.headers, self._runtime.now())
@@ -362,6 +560,15 @@ class HttpCredits:
         if isinstance(answer, Unanswered):
             return Unanswered(answer.reason, retry_after_s(reply.headers, self._runtime.now()))
         return answer
+
+
+def _was_alone(waiting: Waiting) -> bool:
+    return waiting.told.exception() is None and waiting.told.result() is ALONE
+
+
+def _weight(asked: _Asked) -> int:
+    """Bytes of its JSON, at the most; only the names of items can be many."""
+    return 4096 + sum(12 * len(item) + 3 for item in asked.record.refund_items)
 
 
 def _unanswered(silence: _Silence) -> Unanswered:

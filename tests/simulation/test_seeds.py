@@ -9,7 +9,8 @@ import pytest
 from tests.simulation.runner import blind_to, run_all, trace_of
 from tests.simulation.world import run
 
-EVERYDAY = list(range(200))
+EVERYDAY = [*range(200), 274]
+"""The last is one of the few in which a refund of a part meets a void of support's."""
 
 
 @pytest.mark.no_cover

@@ -40,8 +40,12 @@ A = TypeVar("A")
 T = TypeVar("T")
 
 Connection = psycopg.Connection[tuple[Any, ...]]
+Cursor = psycopg.Cursor[tuple[Any, ...]]
 DatabaseError = psycopg.Error
 IntegrityError = psycopg.IntegrityError
+
+PIPELINES = psycopg.Pipeline.is_supported()
+"""Whether statements can be sent together; before libpq 14, each waits for the answer to the one before."""
 
 CONNECT_WITHIN_S = 3
 """How long connecting may take, per address."""

@@ -138,9 +138,8 @@ class GroupedBooks(Rows):
                 accounts.add((deduction.tenant_id, deduction.user_id or ""))
                 keys[deduction.tenant_id, command.idempotency_key] = None
                 keys[deduction.tenant_id, deduction.idempotency_key] = None
-        self._lock(sorted(accounts))
-        # All that follows only now: before the locks, another process could have changed it.
-        self._look_up(keys)
+        if accounts:
+            self._lock(sorted(accounts), keys)
         answered = {what.entry_id for what in self._keys.values() if what is not None and what.entry_id is not None}
         needed = (deductions | answered) - self._entries.keys()
         if needed:
@@ -150,11 +149,12 @@ class GroupedBooks(Rows):
         if refunds or answered:
             self._fetch_refunded(entry.id for entry in self._entries.values() if entry and entry.kind == Deduct.kind)
 
-    def _lock(self, accounts: Sequence[Pair]) -> None:
-        """Read the accounts, in their order, and keep others from moving them until the transaction ends."""
+    def _lock(self, accounts: Sequence[Pair], keys: Collection[Pair]) -> None:
+        """Read the accounts, and keep others from moving them until the transaction ends; then look up the keys."""
         self._held = dict.fromkeys(accounts, Held(0, 0))
         for tenant_id, user_id, balance, granted in self._read_accounts(accounts):
             self._held[tenant_id, user_id] = Held(balance, granted)
+        self._look_up(keys)
 
     def _key(self, tenant_id: str, key: str) -> Remembered | None:
         if (tenant_id, key) not in self._keys:
@@ -162,9 +162,12 @@ class GroupedBooks(Rows):
         return self._keys[tenant_id, key]
 
     def _look_up(self, keys: Collection[Pair]) -> None:
+        self._note_keys(keys, self._read_keys(keys))
+
+    def _note_keys(self, keys: Collection[Pair], found: Iterable[Row]) -> None:
         self._keys |= dict.fromkeys(keys)
         self._voids |= dict.fromkeys(keys)
-        for tenant_id, key, *remembered, voided_by, refunded in self._read_keys(keys):
+        for tenant_id, key, *remembered, voided_by, refunded in found:
             self._keys[tenant_id, key] = remembered_of(tuple(remembered))
             if refunded is not None:
                 self._voids[tenant_id, key] = Voided(voided_by or None, refunded)

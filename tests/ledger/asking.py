@@ -1,5 +1,7 @@
 """Short forms of commands, for tests that are about one field of them."""
 
+import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +58,12 @@ async def deducted(ledger: Ledger, amount: int = 10, key: str = "charge-1") -> A
 def file_of(ledger: Ledger) -> Path:
     """The file that a SQLite ledger is in."""
     return Path(ledger.place.removeprefix("sqlite:///"))
+
+
+class InTheLoop:
+    """Works in the event loop when all who are ready have asked, so that they are one group."""
+
+    def submit(self, fn: Callable[[], Any], /) -> None:
+        asyncio.get_running_loop().call_soon(fn)
+
+    def shutdown(self, wait: bool = True) -> None: ...

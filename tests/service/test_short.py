@@ -1,5 +1,6 @@
 """The short way through the service: the same answers as the routes', for less."""
 
+import asyncio
 import itertools
 import json
 from collections.abc import AsyncIterator
@@ -19,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from metered_billing.ledger import Ledger
 from metered_billing.runtime import Runtime
 from metered_billing.service import Tokens, create_app, short
+from tests.ledger.asking import InTheLoop
 
 ACCOUNT = {"tenant_id": "acme", "user_id": "alice"}
 DEDUCT = ACCOUNT | {"op": "deduct", "idempotency_key": "k1", "amount": 4}
@@ -206,3 +208,36 @@ class TestWhich:
         with TracerProvider().get_tracer("server").start_as_current_span("POST"):
             assert len(await self.asked(tmp_path, reached)) == 4
         assert not trace.get_current_span().get_span_context().is_valid
+
+
+async def test_requests_at_once_share_a_commit(tmp_path: Path) -> None:
+    """32 deductions alone and 8 batches of 4: one group in the ledger, or two where they come a turn apart."""
+    commits: list[int] = []
+    ledger = Ledger(
+        tmp_path / "credits.db",
+        Runtime(executor=InTheLoop),
+        committed=lambda operations, seconds: commits.append(operations),
+    )
+    app = create_app(ledger, Tokens({"all": "admin"}))
+    headers = {"Authorization": "Bearer all"}
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://credits", headers=headers) as client:
+        await client.post("/v1/grants", json=ACCOUNT | {"amount": 99, "reason": "x"}, headers={"Idempotency-Key": "g"})
+        commits.clear()
+        alone = [
+            client.post("/v1/deductions", json=ACCOUNT | {"amount": 1}, headers={"Idempotency-Key": f"k{n}"})
+            for n in range(32)
+        ]
+        batches = [
+            client.post(
+                "/v1/batch",
+                json={"operations": [DEDUCT | {"amount": 1, "idempotency_key": f"b{batch}-{n}"} for n in range(4)]},
+            )
+            for batch in range(8)
+        ]
+        responses = await asyncio.gather(*alone, *batches)
+    assert [response.status_code for response in responses] == [201] * 32 + [200] * 8
+    assert await ledger.balance("acme", "alice") == 35
+    assert sum(commits) == 40
+    assert len(commits) <= 2
+    await ledger.close()

@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 # With uvloop, which would change what the tests run on.
 BENCH := .venv-bench
+PEERS := .venv-peers
 BIN := $(VENV)/bin
 # One more than there are cores: some tests wait for processes.
 WORKERS ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
@@ -22,10 +23,10 @@ endef
 
 # Two installations into one environment would get in each other's way.
 .NOTPARALLEL:
-.PHONY: demo test quick simulate chaos bench check mutants pictures format clean help
+.PHONY: demo test quick simulate chaos bench bench-peers check mutants pictures format clean help
 
 help: ## Say what there is
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(call install,-e '.[demo]',$(VENV))
@@ -40,6 +41,10 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 
 $(BENCH)/.bench: pyproject.toml constraints.txt
 	$(call install,-e '.[bench]',$(BENCH))
+	@touch $@
+
+$(PEERS)/.peers: pyproject.toml constraints.txt
+	$(call install,-e '.[bench-peers]',$(PEERS))
 	@touch $@
 
 demo: $(VENV)/.demo ## Run the main job: a credits service, an app, real pictures (Ctrl-C stops it)
@@ -86,6 +91,9 @@ chaos: $(VENV)/.dev ## kill -9 under load, then the books: ENGINE=sqlite SECONDS
 bench: $(BENCH)/.bench ## How fast it is, against what people write by hand: half an hour, on two quiet cores (BENCH_OPTIONS=--write)
 	@$(BENCH)/bin/python -m tests.bench $(BENCH_OPTIONS)
 
+bench-peers: $(PEERS)/.peers ## The same against others' packages: slowapi, gringotts-api, x402
+	@$(PEERS)/bin/python -m tests.bench --peers $(BENCH_OPTIONS)
+
 check: $(VENV)/.dev ## Lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -107,4 +115,4 @@ format: $(VENV)/.dev ## Put the code in order
 	$(BIN)/ruff format .
 
 clean: ## Remove what was made here
-	rm -rf $(VENV) $(BENCH) .bench .demo .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) $(PEERS) .bench .demo .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis

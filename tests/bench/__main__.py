@@ -32,7 +32,7 @@ from tests.bench.processes import ROOT
 from tests.bench.record import Record
 from tests.bench.report import table
 from tests.bench.rows import Row
-from tests.bench.variants import BY_NAME, LEVELS, VARIANTS, Level, Variant
+from tests.bench.variants import BY_NAME, LEVELS, PEERS, VARIANTS, Level, Variant
 
 QUICK = ("bare", "plain", "ours-journal")
 PARTS = ("apps", "journal", "ledger", "start")
@@ -73,8 +73,11 @@ async def apps(
     print()
     for level in levels:
         print(f"{level} at a time\n\n{table(results, variants, level)}")
-    record.runs = list(results.runs)
-    record.measured("apps", how)
+    if options.peers:
+        record.peers = list(results.runs)
+    else:
+        record.runs = list(results.runs)
+    record.measured("peers" if options.peers else "apps", how)
 
 
 async def start(options: argparse.Namespace) -> list[Row]:
@@ -123,6 +126,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one round of a few, at 64")
     parser.add_argument("--only", choices=PARTS, help="one part")
     parser.add_argument("--variants", help=f"of {', '.join(BY_NAME)}")
+    parser.add_argument("--peers", action="store_true", help="others' packages, which `make bench-peers` installs")
     parser.add_argument("--concurrency", type=int, help="this level only")
     parser.add_argument("--slow", action="store_true", help="with a handler of 20 ms")
     parser.add_argument("--rounds", type=int)
@@ -145,7 +149,9 @@ def main() -> None:
     if warning := pin_load():
         say(warning)
     record = Record.load()
-    part_of_apps = options.quick or options.variants or options.concurrency or options.slow or options.profile
+    part_of_apps = (
+        options.quick or options.variants or options.concurrency or options.slow or options.profile or options.peers
+    )
     parts = [options.only] if options.only else ["apps"] if part_of_apps else list(PARTS)
     level = Level(options.concurrency or 64, options.slow)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -154,9 +160,19 @@ def main() -> None:
             return
         for part in [] if options.again else parts:
             if part == "apps":
-                names = options.variants.split(",") if options.variants else QUICK if options.quick else list(BY_NAME)
-                variants = [v for v in VARIANTS if v.name in names and (not v.lean or app.lean_transport() is not None)]
-                levels = [level] if options.quick or options.concurrency or options.slow else LEVELS
+                names = (
+                    options.variants.split(",")
+                    if options.variants
+                    else QUICK
+                    if options.quick
+                    else [v.name for v in VARIANTS]
+                )
+                if options.peers:
+                    names = ["bare", "bare-traced", "base", "ours-journal", *(peer.name for peer in PEERS)]
+                variants = [
+                    v for v in BY_NAME.values() if v.name in names and (not v.lean or app.lean_transport() is not None)
+                ]
+                levels = [level] if options.quick or options.concurrency or options.slow or options.peers else LEVELS
                 runner.run(apps(variants, levels, options, record))
             else:
                 rows = runner.run(start(options)) if part == "start" else alone(part, options.quick)
@@ -164,13 +180,14 @@ def main() -> None:
                     record.rows[part] = rows
                     record.measured(part, f"{'quick, ' if options.quick else ''}seed {options.seed}")
                     print(f"\n{page.row_table(rows)}")
-    if not options.again and not part_of_apps:
+    if not options.again and (options.peers or not part_of_apps):
         record.save()
-    print(page.goals(page.all_rows(record)))
+    if not options.peers:
+        print(page.goals(page.all_rows(record), whole=not part_of_apps))
     if options.write:
         page.write(record)
         say(f"written: {page.PAGE.relative_to(ROOT)}, and the pictures")
-    if void := [run for run in record.runs if run.void]:
+    if void := [run for run in (*record.runs, *record.peers) if run.void]:
         sys.exit("\n".join(f"✗ {line(run)}" for run in void))
 
 

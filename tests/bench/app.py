@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from metered_billing import Account, HttpCredits, MeteredBillingMiddleware, metered
 from tests.bench import by_hand
-from tests.bench.variants import Variant
+from tests.bench.variants import PEERS, Variant
 
 SLOW_S = 0.02
 
@@ -165,12 +165,21 @@ def _add_by_hand(app: FastAPI, kind: Callable[[str, str, str], by_hand.Credits])
 
 
 def create_app(variant: Variant, stats: Callable[[], dict[str, Any]]) -> FastAPI:
-    """The app of a variant."""
+    """The app of a variant. At `/stats` it tells those, at `/headers` what its requests have to carry."""
     app = FastAPI()
-    globals()[variant.build](app, variant)
+    if variant in PEERS:
+        from tests.bench import peers
+
+        headers = getattr(peers, variant.build)(app, variant)
+    else:
+        headers = globals()[variant.build](app, variant) or []
 
     @app.get("/stats")
     async def told() -> JSONResponse:
         return JSONResponse(stats())
+
+    @app.get("/headers")
+    async def to_carry() -> JSONResponse:
+        return JSONResponse(headers)
 
     return app

@@ -8,7 +8,7 @@ import statistics
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,18 +61,23 @@ class Bench:
         self._directory = directory
         self._memory = memory
         self._profile = profile
+        self._facilitator: Process | None = None
         self._apps: dict[str, Process] = {}
         self._tenants: dict[str, str] = {}
+        self._headers: dict[str, list[dict[str, str]]] = {}
         self._spent: dict[str, int] = defaultdict(int)
         self._runs = 0
 
-    async def start(self, variants: Iterable[Variant]) -> None:
+    async def start(self, variants: Sequence[Variant]) -> None:
         """Start the service, and an app for each variant."""
         database = f"sqlite:///{self._directory}/credits.db"
         self.service = Process(
             "service", database, LOAD_CORE, self._directory, {"METERED_BILLING_TOKENS": f"{TOKEN}=admin"}
         )
         await self.service.up("/healthz")
+        if BY_NAME["peer-x402"] in variants:
+            self._facilitator = Process("facilitator", "stub", LOAD_CORE, self._directory, {})
+            await self._facilitator.up("/supported")
         for variant in variants:
             self._tenants[variant.name] = f"{TENANT}-{variant.name}"
             await self._start(variant)
@@ -94,15 +99,18 @@ class Bench:
             "BENCH_TOKEN": TOKEN,
             "BENCH_TENANT": self._tenants[variant.name],
             "BENCH_JOURNAL": str(place / f"journal-{variant.name}"),
+            "BENCH_FACILITATOR": "" if self._facilitator is None else self._facilitator.url,
             "BENCH_PROFILE": str(self._profile or ""),
         }
         self._apps[variant.name] = app = Process("app", variant.name, APP_CORE, self._directory, environment)
         await app.up("/stats")
+        self._headers[variant.name] = await app.get("/headers")
 
     def stop(self) -> None:
         """All of them."""
-        for process in (*self._apps.values(), *([self.service] if hasattr(self, "service") else [])):
-            process.stop()
+        for process in (*self._apps.values(), self._facilitator, getattr(self, "service", None)):
+            if process is not None:
+                process.stop()
 
     async def renew(self, variant: Variant) -> None:
         """Its app in a new process."""
@@ -114,7 +122,7 @@ class Bench:
         return self._apps[name]
 
     def _ask(self, path: str, body: dict[str, object] | None = None) -> dict[str, int]:
-        answer: dict[str, int] = ask(self.service.url + path, body, str(uuid.uuid4()))
+        answer: dict[str, int] = ask(self.service.url + path, body, "" if body is None else str(uuid.uuid4()))
         return answer
 
     async def run(
@@ -134,7 +142,9 @@ class Bench:
     ) -> Run:
         app, pid, service = self._apps[variant.name], self._apps[variant.name].pid, self.service.pid
         self._runs += 1
-        load = Load(app.port, "/slow" if level.slow else "/create", level.concurrency, self._runs)
+        load = Load(
+            app.port, "/slow" if level.slow else "/create", level.concurrency, self._runs, self._headers[variant.name]
+        )
         before = await app.get("/stats")
         gc.collect()
         gc.disable()

@@ -10,7 +10,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 ITEMS = 10
@@ -19,13 +19,14 @@ BROKEN_EVERY = 10
 """One request in so many has an item that fails, and so a refund."""
 
 
-def request_bytes(path: str, user: int, broken: bool) -> bytes:
+def request_bytes(path: str, user: int, broken: bool, headers: Mapping[str, str] | None = None) -> bytes:
     """A request of ten items, of which none or one fails."""
     items = [{"id": f"image-{n}", "data": "broken" if broken and n == 3 else "fine"} for n in range(ITEMS)]
     body = json.dumps({"items": items}).encode()
     head = (
         f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nX-User: user-{user}\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n"
+        + "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
+        + f"Content-Length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
 
@@ -33,11 +34,16 @@ def request_bytes(path: str, user: int, broken: bool) -> bytes:
 class Load:
     """A closed loop of clients at one address."""
 
-    def __init__(self, port: int, path: str, concurrency: int, seed: int) -> None:
+    def __init__(
+        self, port: int, path: str, concurrency: int, seed: int, headers: Sequence[Mapping[str, str]] = ()
+    ) -> None:
         self._port = port
         self._concurrency = concurrency
         self._random = random.Random(seed)
-        self._requests = [[request_bytes(path, user, broken) for broken in (False, True)] for user in range(USERS)]
+        self._requests = [
+            [request_bytes(path, user, broken, headers[user] if headers else None) for broken in (False, True)]
+            for user in range(USERS)
+        ]
         self._clients: list[_Client] = []
         self.sent: Counter[bool] = Counter()
         """How many have been answered, by whether an item failed."""

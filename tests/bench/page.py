@@ -68,15 +68,20 @@ def measured(record: Record) -> str:
                     f"**{level} at once** (`{command}{' --slow' if level.slow else ''}`)\n",
                     table(record.results, VARIANTS, level),
                 ]
+    if record.peers:
+        variants = [BY_NAME[name] for name in dict.fromkeys(run.variant for run in record.peers)]
+        variants.sort(key=list(BY_NAME.values()).index)
+        parts += ["### Others, 64 at once\n", "`make bench-peers`\n", table(Results(record.peers), variants, Level(64))]
     for name, rows in record.rows.items():
         parts += [f"### {TITLES.get(name, name)}\n", f"`python -m tests.bench --only {name}`\n", row_table(rows)]
     parts += ["### Where\n", where(record)]
     return "\n".join(parts)
 
 
-def goals(rows: Iterable[Row]) -> str:
-    """The table of goals."""
-    return markdown(["goal", "what", "at least", "aim", "measured", "reached"], goal_lines(rows), "llrrrl")
+def goals(rows: Iterable[Row], whole: bool = True) -> str:
+    """The table of goals; or of those that were measured."""
+    lines = [line for line in goal_lines(rows) if whole or line[4]]
+    return markdown(["goal", "what", "at least", "aim", "measured", "reached"], lines, "llrrrl")
 
 
 def row_table(rows: Iterable[Row]) -> str:

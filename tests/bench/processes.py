@@ -80,7 +80,9 @@ class Process:
 
 def ask(url: str, body: Mapping[str, Any] | None = None, key: str = "") -> Any:
     """A GET, or a POST of a body, with the service's token."""
-    headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json", "Idempotency-Key": key}
+    headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+    if key:
+        headers["Idempotency-Key"] = key
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, headers)
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as response:

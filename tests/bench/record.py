@@ -35,6 +35,9 @@ PACKAGES = (
 )
 
 
+PEERS = ("slowapi", "gringotts-api", "x402")
+
+
 @dataclass
 class Record:
     """The last figures of each part.
@@ -47,6 +50,7 @@ class Record:
     how: dict[str, str] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
     rows: dict[str, list[Row]] = field(default_factory=dict)
+    peers: list[Run] = field(default_factory=list)
 
     @property
     def results(self) -> Results:
@@ -56,6 +60,8 @@ class Record:
     def measured(self, part: str, how: str) -> None:
         """That part has been measured just now, here."""
         self.machine = machine()
+        if part == "peers":
+            how += "".join(f", {name} {importlib.metadata.version(name)}" for name in PEERS)
         self.how[part] = f"{how}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
 
     def save(self, place: Path = PLACE) -> None:
@@ -69,11 +75,12 @@ class Record:
         if not place.exists():
             return cls()
         found: dict[str, Any] = json.loads(place.read_text())
-        runs = [
-            Run(**{**run, "level": Level(**run["level"]), "others": tuple(run["others"])}) for run in found.pop("runs")
-        ]
+        runs, peers = (
+            [Run(**{**run, "level": Level(**run["level"]), "others": tuple(run["others"])}) for run in found.pop(part)]
+            for part in ("runs", "peers")
+        )
         rows = {part: [Row(**row) for row in rows] for part, rows in found.pop("rows").items()}
-        return cls(runs=runs, rows=rows, **found)
+        return cls(runs=runs, rows=rows, peers=peers, **found)
 
 
 def machine() -> dict[str, str]:

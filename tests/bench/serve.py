@@ -27,7 +27,14 @@ from tests.bench.variants import BY_NAME, Variant
 def main(kind: str, what: str, port: int, core: int) -> None:
     """Serve until SIGTERM."""
     pin(core)
-    app = _service(what) if kind == "service" else apps.create_app(BY_NAME[what], _set_up(BY_NAME[what]))
+    if kind == "service":
+        app = _service(what)
+    elif kind == "facilitator":
+        from tests.bench.peers import facilitator
+
+        app = facilitator()
+    else:
+        app = apps.create_app(BY_NAME[what], _set_up(BY_NAME[what]))
     config = uvicorn.Config(
         app, port=port, loop="uvloop", http="httptools", access_log=False, log_level="warning", server_header=False
     )

@@ -69,7 +69,14 @@ VARIANTS = (
     ),
 )
 
-BY_NAME = {variant.name: variant for variant in VARIANTS}
+PEERS = (
+    Variant("peer-slowapi", "slowapi: a rate limit in memory", "slowapi", bills=False),
+    Variant("peer-gringotts", "gringotts-api: credits in the app's SQLite file", "gringotts", bills=False),
+    Variant("peer-x402", "x402: a payment a request, the facilitator a stub", "x402", bills=False),
+)
+"""Others' packages, on request: their books are not checked, for none keeps any that a refund would show in."""
+
+BY_NAME = {variant.name: variant for variant in (*VARIANTS, *PEERS)}
 
 
 @dataclass(frozen=True, slots=True)

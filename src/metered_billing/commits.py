@@ -39,7 +39,7 @@ class CommitUnknown(StorageError):
     """The connection broke while it committed: whether the operation happened is unknown."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: there are four a charge, and those are made faster
 class Waiting(Generic[C]):
     """An operation in the queue. Without a `future`, nobody is told how it went."""
 
@@ -149,6 +149,10 @@ class GroupCommit(Generic[C]):
             close()
         return closed
 
+    def _fail(self, future: asyncio.Future[Any], error: BaseException) -> None:
+        """Tell whoever waits that it failed; on their loop."""
+        future.set_exception(error)
+
     # Below: in the thread.
 
     def _transaction(self, batch: list[Waiting[C]]) -> list[Outcome]:
@@ -184,7 +188,7 @@ class GroupCommit(Generic[C]):
             if waiting.loop is not None and waiting.future is not None:
                 told[waiting.loop].append((waiting.future, result, error))
         for loop, answers in told.items():
-            tell(loop, answers)
+            tell(loop, answers, self._fail)
 
     def _commit(self, batch: list[Waiting[C]]) -> list[Outcome]:
         began = self._clock()
@@ -219,7 +223,11 @@ def _tellable(error: BaseException) -> Exception:
     return told
 
 
-def tell(loop: asyncio.AbstractEventLoop, answers: list[tuple[asyncio.Future[Any], Any, BaseException | None]]) -> None:
+def tell(
+    loop: asyncio.AbstractEventLoop,
+    answers: list[tuple[asyncio.Future[Any], Any, BaseException | None]],
+    fail: Callable[[asyncio.Future[Any], BaseException], None] = asyncio.Future.set_exception,
+) -> None:
     """Wake a loop once for all its answers. One that is closed has nobody left to tell."""
 
     def resolve() -> None:
@@ -229,7 +237,7 @@ def tell(loop: asyncio.AbstractEventLoop, answers: list[tuple[asyncio.Future[Any
             if error is None:
                 future.set_result(result)
             else:
-                future.set_exception(error)
+                fail(future, error)
 
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(resolve)

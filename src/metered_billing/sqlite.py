@@ -60,6 +60,7 @@ class SqliteFile(GroupCommit[sqlite3.Connection]):
         # One that found the file broken: closing it would merge its log, so it waits for `_disconnect`.
         self._broken: sqlite3.Connection | None = None
         self._opened: tuple[int, int] | None = None
+        self._syncs = True  # how its commits are made, as long as nobody asks for another way
 
     def __del__(self) -> None:
         # An app that was never shut down (a test client without a lifespan, say) just lets go of it.
@@ -103,7 +104,9 @@ class SqliteFile(GroupCommit[sqlite3.Connection]):
         connection = self._open()
         durable = any(waiting.durable for waiting in batch)
         try:
-            connection.execute("PRAGMA synchronous=FULL" if durable else "PRAGMA synchronous=NORMAL")
+            if durable is not self._syncs:
+                connection.execute("PRAGMA synchronous=FULL" if durable else "PRAGMA synchronous=NORMAL")
+                self._syncs = durable
             connection.execute("BEGIN IMMEDIATE")
             results = self._operate(connection, batch)
             connection.execute("COMMIT")
@@ -136,6 +139,7 @@ class SqliteFile(GroupCommit[sqlite3.Connection]):
                 connection.execute("PRAGMA journal_mode=WAL")
                 connection.execute(f"PRAGMA journal_size_limit={WAL_BYTES}")
                 connection.execute("PRAGMA synchronous=FULL")
+                self._syncs = True
                 connection.executescript(self._schema)
                 self._opened = _identity(self.path)
             except BaseException as error:

@@ -416,9 +416,9 @@ async def test_adopted_file_that_turns_corrupt_is_set_aside(journal: SqliteJourn
     await journal.open(charge(journal, "ours"))
     assert await journal.adopt(NOW) == 1
     [slot] = journal._adopted.values()
-    slot.corrupt = "it is, says SQLite"
-    await journal._lose(slot)
-    await journal._lose(slot)
+    slot.file.corrupt = "it is, says SQLite"
+    await journal._lose(slot.file)
+    await journal._lose(slot.file)
     assert await ids(journal) == ["ours"]
     assert await journal.adopt(NOW) == 0
     assert list(journal.unusable) == [f"charges-1.corrupt-{STAMP}.db"]

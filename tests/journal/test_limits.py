@@ -180,7 +180,7 @@ async def test_file_of_version_1_is_brought_up_to_date(
 
         monkeypatch.setattr(journal, "_lay_out", no_room)
     await journal.start()
-    assert pages(journal, "user_version") == SCHEMA.version == 2
+    assert pages(journal, "user_version") == SCHEMA.version == 3
     assert pages(journal, "auto_vacuum") == (0 if fails else 2)
     assert len(await journal.due(NOW, besides=(), limit=10)) == 3
     assert await journal.forget(NOW, keep=0) == 0

@@ -270,7 +270,7 @@ async def test_later_version_keeps_the_app_from_starting(tmp_path: Path) -> None
     of_later_version(tmp_path / "charges-0.db")
     before = (tmp_path / "charges-0.db").read_bytes()
     journal = SqliteJournal(tmp_path)
-    with pytest.raises(JournalError, match=r"version 3, and .* knows versions up to 2: upgrade"):
+    with pytest.raises(JournalError, match=r"version 4, and .* knows versions up to 3: upgrade"):
         await journal.start()
     assert (tmp_path / "charges-0.db").read_bytes() == before
 

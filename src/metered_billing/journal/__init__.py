@@ -6,7 +6,7 @@ one file a process in a directory; `postgres.PostgresJournal` keeps the charges 
 
 import json
 from collections.abc import Awaitable, Collection, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from metered_billing.charge import Account, Record, State
 
@@ -108,22 +108,34 @@ def body_of(record: Record) -> str:
 
     What is None or empty is left out.
     """
-    body: dict[str, Any] = {
-        "tenant_id": record.account.tenant_id,
-        "user_id": record.account.user_id,
-        "amount": record.amount_credits,
-        "units": record.units,
-        "request_id": record.request_id,
-        "metadata": dict(record.metadata) or None,
-        "transaction_id": record.transaction_id,
-        "refund": record.refund_credits or None,
-        "refund_items": record.refund_items or None,
-        "reason": record.reason,
-        "traceparent": record.traceparent,
-        "declined_at": record.declined_at,
-        "history": record.history or None,
-    }
-    return json.dumps({key: value for key, value in body.items() if value is not None}, separators=(",", ":"))
+    # By hand: it is done three times a charge, and json.dumps would take as long as writing the row does.
+    account = record.account
+    body = f'{{"tenant_id":{_text(account.tenant_id)},"amount":{record.amount_credits},"units":{record.units}'
+    if account.user_id is not None:
+        body += f',"user_id":{_text(account.user_id)}'
+    if record.request_id is not None:
+        body += f',"request_id":{_text(record.request_id)}'
+    if record.metadata:
+        body += f',"metadata":{_json(dict(record.metadata))}'
+    if record.transaction_id is not None:
+        body += f',"transaction_id":{_text(record.transaction_id)}'
+    if record.refund_credits:
+        body += f',"refund":{record.refund_credits}'
+    if record.refund_items:
+        body += f',"refund_items":{_json(record.refund_items)}'
+    if record.reason is not None:
+        body += f',"reason":{_text(record.reason)}'
+    if record.traceparent is not None:
+        body += f',"traceparent":{_text(record.traceparent)}'
+    if record.declined_at is not None:
+        body += f',"declined_at":{record.declined_at!r}'
+    if record.history:
+        body += f',"history":[{",".join([f"[{_text(what)},{at!r}]" for what, at in record.history])}]'
+    return body + "}"
+
+
+_text = json.encoder.encode_basestring_ascii
+_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def record_of(

@@ -165,8 +165,9 @@ class SqliteJournal:
     def write(self, before: Record, after: Record, *, durable: bool) -> Awaitable[bool]:
         # An owner that we are not any more is nowhere on record, so that any file says False.
         slot = self._adopted.get(before.owner) or self._place()
-        values = (after.state, after.tries, after.due_at, after.closed_at, body_of(after))
-        return slot.run(_Write((*values, before.id, before.owner, before.state)), durable=durable)
+        # Plain strings: SQLite asks for an adapter of any other kind, at each value.
+        values = (str(after.state), after.tries, after.due_at, after.closed_at, body_of(after))
+        return slot.run(_Write((*values, before.id, before.owner, str(before.state))), durable=durable)
 
     async def adopt(self, now: float) -> int:
         if self._own is None and self._executor is not None:  # our place was lost, and there was no other yet
@@ -673,7 +674,7 @@ def _columns(record: Record) -> _Row:
     return (
         record.id,
         record.owner,
-        record.state,
+        str(record.state),
         record.opened_at,
         record.tries,
         record.due_at,

@@ -792,7 +792,7 @@ class WatchedJournal(SqliteJournal):
 
     def write(self, before: Record, after: Record, *, durable: bool) -> Awaitable[bool]:
         written = super().write(before, after, durable=durable)
-        return _Once(written, self._watch(written, before, after))
+        return _Once(self._watch(written, before, after))
 
     async def _watch(self, written: Awaitable[bool], before: Record, after: Record) -> bool:
         world, outcome = self._world, before.state is State.DEDUCTED
@@ -818,17 +818,16 @@ class WatchedJournal(SqliteJournal):
 
 
 class _Once:
-    """Two coroutines to be awaited as one, or not at all: of a dead process, some never begin."""
+    """A coroutine to be awaited, or not at all: of a dead process, some never begin."""
 
-    def __init__(self, inner: Any, outer: Any) -> None:
-        self._inner, self._outer = inner, outer
+    def __init__(self, work: Any) -> None:
+        self._work = work
 
     def __await__(self) -> Any:
-        return (yield from self._outer.__await__())
+        return (yield from self._work.__await__())
 
     def __del__(self) -> None:
-        self._outer.close()
-        self._inner.close()
+        self._work.close()
 
 
 class WatchedTelemetry(Telemetry):

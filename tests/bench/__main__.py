@@ -72,7 +72,7 @@ async def apps(
             bench.stop()
     print()
     for level in levels:
-        print(f"{level} at a time\n\n{table(results, variants, level)}")
+        print(f"{level}\n\n{table(results, variants, level)}")
     if options.peers:
         record.peers = list(results.runs)
     else:
@@ -130,7 +130,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--concurrency", type=int, help="this level only")
     parser.add_argument("--slow", action="store_true", help="with a handler of 20 ms")
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--profile", choices=sorted(BY_NAME), help="profile one app instead")
     parser.add_argument("--write", action="store_true", help="put the figures into the docs")

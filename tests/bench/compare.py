@@ -318,7 +318,7 @@ async def compare_near(bench: Bench, rounds: int, say: Callable[[str], None]) ->
 def line(run: Run) -> str:
     """A run, in short."""
     text = (
-        f"{run.variant:15} at {run.level!s:21} {run.per_second:6.0f}/s  p50 {run.p50_ms:7.2f} ms"
+        f"{run.variant:15} {run.level!s:27} {run.per_second:6.0f}/s  p50 {run.p50_ms:7.2f} ms"
         f"  app {run.app_us:6.0f} µs (loop {run.loop_us:5.0f})  service {run.service_us:5.0f} µs"
         f"  busy: app {run.app_busy:4.0%}, service {run.service_busy:4.0%}, load {run.load_busy:4.0%},"
         f" others {run.others[0]:.0%} {run.others[1]:.0%}"

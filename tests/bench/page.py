@@ -65,7 +65,7 @@ def measured(record: Record) -> str:
             if any(run.level == level for run in record.runs):
                 command = f"python -m tests.bench --only apps --concurrency {level.concurrency}"
                 parts += [
-                    f"**{level} at once** (`{command}{' --slow' if level.slow else ''}`)\n",
+                    f"**{level}** (`{command}{' --slow' if level.slow else ''}`)\n",
                     table(record.results, VARIANTS, level),
                 ]
     if record.peers:
@@ -74,7 +74,7 @@ def measured(record: Record) -> str:
         parts += ["### Others, 64 at once\n", "`make bench-peers`\n", table(Results(record.peers), variants, Level(64))]
     for name, rows in record.rows.items():
         parts += [f"### {TITLES.get(name, name)}\n", f"`python -m tests.bench --only {name}`\n", row_table(rows)]
-    parts += ["### Where\n", where(record)]
+    parts += ["### Machine and versions\n", where(record)]
     return "\n".join(parts)
 
 
@@ -137,6 +137,9 @@ def pictures(results: Results) -> dict[str, str]:
             series.append((title, kind, [cell.median("per_second") for cell in cells]))
     if series:
         found["bench-concurrency.svg"] = plot.lines(
-            "Requests a second", "one core for the app; tracing off", [str(level) for level in levels], series
+            "Requests a second",
+            "one core for the app; tracing off",
+            [str(level.concurrency) for level in levels],
+            series,
         )
     return found

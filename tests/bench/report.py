@@ -17,6 +17,8 @@ def table(results: Results, variants: Sequence[Variant], level: Level) -> str:
     for variant in variants:
         tracing = "on" if variant.tracing else "off"
         cell = results.cell(variant.name, level)
+        if not any(run.variant == variant.name for run in results.runs):
+            continue
         if cell is None:
             lines.append([variant.title, tracing, "void", *[""] * (len(HEAD) - 3)])
             continue

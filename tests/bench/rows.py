@@ -43,7 +43,7 @@ class Goal:
 GOALS = (
     Goal("1", "64 concurrent, tracing off: throughput against hand-written plain", 7, 12),
     Goal("2 httpx", "64 concurrent, spans at 100 %: throughput against hand-written with everything on httpx", 5, 10),
-    Goal("2 aiohttp", "the same on aiohttp", 1.5, 2.5),
+    Goal("2 aiohttp", "64 concurrent, spans at 100 %: throughput against the same on aiohttp", 1.5, 2.5),
     Goal("3 off", "64 concurrent, tracing off in both: share of the bare route", 0.60, 0.78),
     Goal("3 on", "64 concurrent, tracing on in both: share of the bare route", 0.65, 0.85),
     Goal("4", "256 concurrent, tracing off: throughput against hand-written plain", 20, 50),
@@ -52,8 +52,8 @@ GOALS = (
     Goal("7", "an unmetered route behind the middleware: CPU against bare", 1.03, 1.01, True),
     Goal("8", "journal, 64 concurrent, FULL: against one commit each", 25, 40),
     Goal("9 SQLite", "ledger, 64 concurrent, one hot account, SQLite: against one transaction each", 15, 29),
-    Goal("9 PostgreSQL", "the same on PostgreSQL", 20, 34),
-    Goal("9 pgbench", "the same on PostgreSQL: against pgbench", 10, 40),
+    Goal("9 PostgreSQL", "ledger, 64 concurrent, one hot account, PostgreSQL: against one transaction each", 20, 34),
+    Goal("9 pgbench", "ledger, 64 concurrent, one hot account, PostgreSQL: against pgbench", 10, 40),
     Goal("10", "ledger's throughput at 1,000,000 entries against the start", 0.9, 1.0),
     Goal("11", "handler of 20 ms, 64 concurrent, tracing off: share of the bare route", 0.75, 0.9),
 )

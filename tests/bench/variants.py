@@ -32,7 +32,7 @@ class Variant:
 VARIANTS = (
     Variant("bare", "bare route", "bare", bills=False),
     Variant("bare-traced", "bare route, tracing on", "bare", bills=False, tracing=True),
-    Variant("base", "bare route behind a BaseHTTPMiddleware that does nothing", "base", bills=False),
+    Variant("base", "BaseHTTPMiddleware that does nothing", "base", bills=False),
     Variant("plain", "by hand: httpx", "by_hand_plain"),
     Variant(
         "hand-httpx", "by hand: httpx, retries, breaker, spans, log", "by_hand_httpx", tracing=True, logs="logging"
@@ -87,7 +87,7 @@ class Level:
     slow: bool = False
 
     def __str__(self) -> str:
-        return f"{self.concurrency}, handler of 20 ms" if self.slow else f"{self.concurrency}"
+        return f"{self.concurrency} at once{', handler of 20 ms' if self.slow else ''}"
 
 
 LEVELS = (Level(1), Level(8), Level(64), Level(256), Level(64, slow=True))

@@ -5,9 +5,10 @@ import sqlite3
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 
-from metered_billing.ledger import Answer, Command, Ledger
+from metered_billing.ledger import Answer, Command, Ledger, postgres_books
 from metered_billing.ledger.books import _statements
 from metered_billing.postgres import Connection, PostgresDatabase
 from metered_billing.runtime import Runtime
@@ -68,12 +69,12 @@ class TestSqlite:
     async def test_64_at_once_share_a_commit_and_its_statements(
         self, ledger: Ledger, said: list[str], ask: Ask
     ) -> None:
-        """Eight in all: how to sync, begin, look for keys and account, write account, entries and keys, commit."""
+        """Seven in all: begin, look for keys and account, write account, entries and keys, commit."""
         await ledger.grant(grant(1000))
         said.clear()
         assert {answer.status for answer in await ask(ledger, deductions(64))} == {201}
         assert [statement.split()[0] for statement in said] == [
-            *("PRAGMA", "BEGIN", "WITH", "WITH", "INSERT", "INSERT", "INSERT", "COMMIT")
+            *("BEGIN", "WITH", "WITH", "INSERT", "INSERT", "INSERT", "COMMIT")
         ]
         await ledger.close()
 
@@ -156,4 +157,26 @@ class TestPostgres:
             await ask(ledger, commands)
             assert trips() <= 7
         assert await ledger.balance("acme", "alice") == 1000
+        await ledger.close()
+
+    async def test_no_statement_reads_a_whole_table(self, pg_clean: str) -> None:
+        """Also not while it is small, or grows faster than PostgreSQL takes note of it: never a sequential scan."""
+        ledger = Ledger(pg_clean)
+        await ledger.grant(grant(1000))
+        reading = {
+            "accounts": postgres_books._ACCOUNTS.format(""),
+            "accounts, locked": postgres_books._ACCOUNTS.format("FOR UPDATE"),
+            "keys": postgres_books._KEYS,
+            "entries": postgres_books._ENTRIES,
+            "refunded": postgres_books._REFUNDED,
+            "hold": postgres_books._HOLD,
+        }
+        arrays = ["{a,b}", "{c,d}", "{1,2}", "{3,4}"]
+        with psycopg.connect(pg_clean, options="-c search_path=metered_billing") as connection:
+            for start in range(0, 1000, 200):
+                await batched(ledger, deductions(200, start))
+                for name, statement in reading.items():
+                    values = arrays[: statement.count("%s")]
+                    plan = connection.execute(f"EXPLAIN {statement}".encode(), values).fetchall()
+                    assert not any("Seq Scan" in line for (line,) in plan), (name, start, plan)
         await ledger.close()

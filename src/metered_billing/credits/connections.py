@@ -2,16 +2,77 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+import ssl
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
+import httpcore
 import httpx
 
 MAX_REPLY_BYTES = 4 << 20
 """The longest reply that is read; a longer one is a broken one."""
 
 
+KEEP_IDLE_S = 5.0
+"""How long a connection is kept that nobody uses, as httpx does: many servers close theirs soon after."""
+
+NEVER_SENT = (
+    httpcore.ConnectError,
+    httpcore.ConnectTimeout,
+    httpcore.PoolTimeout,
+    httpx.ConnectError,
+    httpx.ConnectTimeout,
+    httpx.PoolTimeout,
+)
+"""What is raised where no connection existed. After anything else the request may have gone out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A request, ready to be sent.
+
+    Attributes:
+        target: The path, with its query.
+        headers: All of them but `Host` and `Content-Length`.
+        connect_s: How long connecting may take.
+    """
+
+    method: str
+    target: bytes
+    # The token is among them: it must not be shown where somebody shows variables.
+    headers: Sequence[tuple[bytes, bytes]] = field(repr=False)
+    content: bytes | None
+    connect_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """An answer: the names of its headers are in lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    content: bytes
+
+
+class Wire(Protocol):
+    """One connection, for one request at a time."""
+
+    async def send(self, request: Outgoing) -> Received:
+        """Send the request, and read all of its answer.
+
+        Raises:
+            Exception: Whatever went wrong (see `NEVER_SENT`), or that the answer is too long or compressed.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Close it. It may be used again."""
+        ...
+
+
 class Connections:
-    """Transports of one connection each, and a line for them.
+    """Wires of one connection each, and a line for them.
 
     One pool for all connections loses some: httpcore forgets one that it hands to a request, or has just opened
     for it, in the very moment when the request is cancelled or gives up. One burst of timeouts with more requests
@@ -19,10 +80,10 @@ class Connections:
     than with an answer is closed and thrown away.
     """
 
-    def __init__(self, new: Callable[[], httpx.AsyncBaseTransport], connections: int) -> None:
+    def __init__(self, new: Callable[[], Wire], connections: int) -> None:
         self._new = new
         self._free = asyncio.Semaphore(connections)
-        self._idle: list[httpx.AsyncBaseTransport] = []
+        self._idle: list[Wire] = []
         self.closed = False
         self._closing = self._close_at_last()
 
@@ -45,8 +106,8 @@ class Connections:
                 await self._idle.pop().aclose()
 
     @contextlib.asynccontextmanager
-    async def one(self, timeout_s: float) -> AsyncIterator[httpx.AsyncBaseTransport]:
-        """A transport for one request, as soon as there is one to spare; first come, first served."""
+    async def one(self, timeout_s: float) -> AsyncIterator[Wire]:
+        """A wire for one request, as soon as there is one to spare; first come, first served."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._free.acquire()
@@ -54,24 +115,89 @@ class Connections:
             raise httpx.PoolTimeout("all connections are busy") from None
         answered = False
         try:
-            transport = self._idle.pop() if self._idle else self._new()
+            wire = self._idle.pop() if self._idle else self._new()
             try:
-                yield transport
+                yield wire
                 answered = True
             finally:
                 if answered and not self.closed:
-                    self._idle.append(transport)
+                    self._idle.append(wire)
                 else:
-                    await transport.aclose()
+                    await wire.aclose()
         finally:
             self._free.release()
 
 
-class Lent(httpx.AsyncBaseTransport):
-    """A transport that is not ours to close."""
+class CoreWire:
+    """A connection of httpx's own engine, without the pool that httpx would put before it.
 
-    def __init__(self, transport: httpx.AsyncBaseTransport) -> None:
-        self.handle_async_request = transport.handle_async_request  # type: ignore[method-assign]
+    The pool's bookkeeping is most of what a call costs, and this needs none: it is one connection. Unlike httpx's
+    client, it asks no proxy of the environment: those are set for other purposes.
+    """
+
+    def __init__(self, url: httpx.URL, tls: ssl.SSLContext) -> None:
+        port = url.port or (443 if url.scheme == "https" else 80)
+        self._origin = httpcore.Origin(url.raw_scheme, url.raw_host, port)
+        self._tls = tls
+        self._host = (b"Host", url.netloc)
+        self._connection: httpcore.AsyncHTTPConnection | None = None
+
+    async def send(self, request: Outgoing) -> Received:
+        connection = self._connection
+        if connection is None or connection.is_closed() or connection.has_expired():
+            await self.aclose()
+            connection = self._connection = httpcore.AsyncHTTPConnection(
+                self._origin, ssl_context=self._tls, keepalive_expiry=KEEP_IDLE_S
+            )
+        origin, content = self._origin, request.content
+        length = [] if content is None else [(b"Content-Length", b"%d" % len(content))]
+        response = await connection.handle_async_request(
+            httpcore.Request(
+                request.method,
+                httpcore.URL(scheme=origin.scheme, host=origin.host, port=origin.port, target=request.target),
+                headers=[self._host, *request.headers, *length],
+                content=content,
+                extensions={"timeout": {"connect": request.connect_s}},
+            )
+        )
+        try:
+            headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
+            assert isinstance(response.stream, AsyncIterable)
+            return Received(response.status, headers, await _read(headers, response.stream))
+        finally:
+            await response.aclose()
+
+    async def aclose(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.aclose()
+
+
+class LentWire:
+    """A transport of the user's own, which is not ours to close."""
+
+    def __init__(self, url: httpx.URL, transport: httpx.AsyncBaseTransport) -> None:
+        self._url = url
+        self._transport = transport
+
+    async def send(self, request: Outgoing) -> Received:
+        response = await self._transport.handle_async_request(
+            httpx.Request(
+                request.method,
+                self._url.copy_with(raw_path=request.target),
+                content=request.content,
+                headers=list(request.headers),
+                extensions={"timeout": httpx.Timeout(None, connect=request.connect_s).as_dict()},
+            )
+        )
+        try:
+            assert isinstance(response.stream, AsyncIterable)
+            return Received(response.status_code, response.headers, await _read(response.headers, response.stream))
+        finally:
+            await response.aclose()
+
+    async def aclose(self) -> None:
+        pass
 
 
 class _TooLong(Exception):
@@ -82,21 +208,12 @@ class _Compressed(Exception):
     pass
 
 
-async def fetch(transport: httpx.AsyncBaseTransport, request: httpx.Request) -> tuple[int, Mapping[str, str], bytes]:
-    """Send a request. Returns status, headers and body.
-
-    Raises:
-        Exception: Whatever the transport raises, or that the reply is too long or compressed.
-    """
-    response = await transport.handle_async_request(request)
-    try:
-        if response.headers.get("content-encoding", "identity").lower() != "identity":
-            raise _Compressed  # we asked for none that is: a few bytes can unpack to gigabytes
-        content = bytearray()
-        async for chunk in response.aiter_bytes():
-            content += chunk
-            if len(content) > MAX_REPLY_BYTES:
-                raise _TooLong
-        return response.status_code, response.headers, bytes(content)
-    finally:
-        await response.aclose()
+async def _read(headers: Mapping[str, str], stream: AsyncIterable[bytes]) -> bytes:
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise _Compressed  # we asked for none that is: a few bytes can unpack to gigabytes
+    content = bytearray()
+    async for chunk in stream:
+        content += chunk
+        if len(content) > MAX_REPLY_BYTES:
+            raise _TooLong
+    return bytes(content)

@@ -36,7 +36,7 @@ from metered_billing.charge import (
     after_unknown,
 )
 from metered_billing.credits.breaker import Breaker, Open, RetryBudget
-from metered_billing.credits.connections import Connections, Lent, fetch
+from metered_billing.credits.connections import NEVER_SENT, Connections, CoreWire, LentWire, Outgoing, Wire
 from metered_billing.credits.contract import Call, Contract, Reply, read_json, retry_after_s
 from metered_billing.credits.line import ALONE, Line, Waiting
 from metered_billing.runtime import Runtime
@@ -64,6 +64,12 @@ _CIRCUIT_OPEN = "circuit open"
 _CROWDED = "too many are waiting for the credits service"
 _LATE = "waited too long for the credits service"
 _FINAL = (_CIRCUIT_OPEN, _CROWDED, _LATE)
+
+_HEADERS = (
+    (b"Accept", b"application/json, application/problem+json"),
+    (b"Accept-Encoding", b"identity"),
+    (b"User-Agent", b"metered-billing"),
+)
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -162,6 +168,8 @@ class HttpCredits:
         telemetry: Telemetry | None = None,
     ) -> None:
         self._url = _checked_url(url)
+        self._prefix = self._url.raw_path.rstrip(b"/")
+        self._port = self._url.port or (443 if self._url.scheme == "https" else 80)
         self._token = checked_token(token)
         numbers = (timeout_s, attempt_timeout_s, attempts, breaker_failures, breaker_reset_s)
         if not all(0 < number < math.inf for number in (*numbers, max_connections, max_waiting)):
@@ -452,36 +460,24 @@ class HttpCredits:
         content: bytes | None = None,
         batched: Sequence[Span] = (),
     ) -> Reply | _Silence:
-        url = self._url.copy_with(raw_path=self._url.raw_path.rstrip(b"/") + call.path.encode("ascii"))
+        target = self._prefix + call.path.encode("ascii")
+        url = self._shown_url(target)
+        if call.params:
+            target += b"?" + str(httpx.QueryParams(call.params)).encode("ascii")
         if content is None and call.body is not None:
             # In ASCII: what is no Unicode (a lone surrogate in an exception's text, say) can be sent all the same.
             content = _encode(call.body).encode()
-        headers = {"Accept": "application/json, application/problem+json", "User-Agent": "metered-billing"}
-        headers["Accept-Encoding"] = "identity"
-        if content is not None:
-            headers["Content-Type"] = "application/json"
-        if call.key is not None:
-            headers["Idempotency-Key"] = call.key
-        port = url.port or (443 if url.scheme == "https" else 80)
-        connections = (await self._here()).connections
-        with self._telemetry.attempt(call.method, str(url), url.host, port, resend, operation, batched) as span:
-            propagate(headers)
+        here = await self._here()
+        with self._telemetry.attempt(call.method, url, self._url.host, self._port, resend, operation, batched) as span:
             try:
-                # httpx's own timeouts are for each read and write: a trickling reply outlasts them all.
-                async with asyncio.timeout(timeout_s) as whole, connections.one(timeout_s / 2) as transport:
+                # The engine's own timeouts are for each read and write: a trickling reply outlasts them all.
+                async with asyncio.timeout(timeout_s) as whole, here.connections.one(timeout_s / 2) as wire:
                     left_s = (whole.when() or 0.0) - asyncio.get_running_loop().time()
                     # Connecting gives up before the whole attempt does: only then is it known not to be sent.
-                    timeout = httpx.Timeout(None, connect=left_s * 0.9)
-                    request = httpx.Request(
-                        call.method,
-                        url,
-                        content=content,
-                        params=call.params,
-                        headers={**headers, **self._authorization()},
-                        extensions={"timeout": timeout.as_dict()},
+                    received = await wire.send(
+                        Outgoing(call.method, target, self._headers(call, content), content, left_s * 0.9)
                     )
-                    status, reply_headers, received = await fetch(transport, request)
-            except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+            except NEVER_SENT as error:
                 span.failed(type(error).__name__)
                 return _Silence(type(error).__name__, sent=False)
             except Exception as error:
@@ -489,17 +485,31 @@ class HttpCredits:
                 # commits and then closes look the same.
                 span.failed(type(error).__name__)
                 return _Silence(type(error).__name__, sent=True)
-            span.span.set_attribute(names.HTTP_STATUS_CODE, status)
-            reply = Reply(status, reply_headers, read_json(received))
-            if status >= 400:
-                span.failed(str(status))
-            if status in (401, 403):
-                self._telemetry.log(names.LOG_REJECTED, status=status, server=url.host)
+            span.span.set_attribute(names.HTTP_STATUS_CODE, received.status)
+            reply = Reply(received.status, received.headers, read_json(received.content))
+            if reply.status >= 400:
+                span.failed(str(reply.status))
+            if reply.status in (401, 403):
+                self._telemetry.log(names.LOG_REJECTED, status=reply.status, server=self._url.host)
             return reply
 
-    def _authorization(self) -> dict[str, str]:
-        """In no variable of whoever calls it: tracebacks in logs may show those."""
-        return {} if self._token is None else {"Authorization": f"Bearer {self._token.get_secret_value()}"}
+    def _shown_url(self, target: bytes) -> str:
+        """As telemetry has it."""
+        return f"{self._url.scheme}://{self._url.netloc.decode('ascii')}{target.decode('ascii')}"
+
+    def _headers(self, call: Call, content: bytes | None) -> list[tuple[bytes, bytes]]:
+        headers = [*_HEADERS]
+        if content is not None:
+            headers.append((b"Content-Type", b"application/json"))
+        if call.key is not None:
+            headers.append((b"Idempotency-Key", call.key.encode("ascii")))
+        if self._token is not None:
+            # In no variable of its own: tracebacks in logs may show those.
+            headers.append((b"Authorization", f"Bearer {self._token.get_secret_value()}".encode("ascii")))
+        carried: dict[str, str] = {}
+        propagate(carried)
+        headers += [(name.encode("ascii"), value.encode("ascii")) for name, value in carried.items()]
+        return headers
 
     async def _here(self) -> _Here:
         loop = asyncio.get_running_loop()
@@ -507,7 +517,7 @@ class HttpCredits:
         if here is None or here.connections.closed:
             for gone in [other for other in self._loops if other.is_closed()]:
                 del self._loops[gone]
-            connections = Connections(self._new_transport, self._max_connections)
+            connections = Connections(self._new_wire, self._max_connections)
             lines = (self._line(at_once) for at_once in (self._deductions_at_once, UNDOING_AT_ONCE))
             here = self._loops[loop] = _Here(connections, *lines)
             await connections.open()
@@ -523,11 +533,8 @@ class HttpCredits:
             waiting=self._max_waiting,
         )
 
-    def _new_transport(self) -> httpx.AsyncBaseTransport:
-        if self._transport is not None:
-            return Lent(self._transport)
-        # Unlike httpx's client, its transport asks no proxy of the environment: those are set for other purposes.
-        return httpx.AsyncHTTPTransport(verify=self._tls, limits=httpx.Limits(max_connections=1))
+    def _new_wire(self) -> Wire:
+        return CoreWire(self._url, self._tls) if self._transport is None else LentWire(self._url, self._transport)
 
     # What it means, and whether to try again.
 

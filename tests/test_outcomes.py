@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from jsonpath_rfc9535 import find
 
 from metered_billing.charge import MAX_AMOUNT
 from metered_billing.outcomes import (
@@ -39,7 +40,7 @@ from metered_billing.outcomes import (
     whole_number,
 )
 from metered_billing.outcomes.paid import id_of, shown
-from metered_billing.outcomes.select import succeeded
+from metered_billing.outcomes.select import entry, succeeded
 
 THREE = Paid(3)
 ABC = Paid(6, {"a": 1, "b": 2, "c": 3})
@@ -1424,6 +1425,19 @@ def test_any_json_can_be_asked_any_path(value: object, path: str, paid: Paid) ->
     outcome = read(value, paid=paid, path=path, limit=100_000)
     check(outcome, paid)
     assert outcome.unreadable is None or "match(" in path
+
+
+STEPS = [".results", "['id']", ".x", ".*", "[*]", "[0]", "..*", "['items', 'x']", "[*, 'x']", "[?@.id]"]
+
+
+@given(value=VALUES, steps=st.lists(st.sampled_from(STEPS), max_size=4))
+@example(value={"x": [{"id": 1}, [2], {"id": {"id": 3}}]}, steps=[".x", "[*]", "['id']"])
+@example(value=[{"x": 1, "id": 2}, [3, 4], 5], steps=["[*]", ".*"])
+def test_path_of_names_and_wildcards_selects_what_the_library_selects(value: object, steps: list[str]) -> None:
+    """Most paths are walked without the library: the same values in the same order, of any JSON there is."""
+    text = "$" + "".join(steps)
+    selected = [node.value for node in find(text, value)]  # type: ignore[arg-type]
+    assert compile_path(text)(value) == [entry(one) for one in selected]
 
 
 @given(flags=st.lists(st.booleans(), max_size=12), units=st.integers(0, 8), failed=st.integers(0, 8))

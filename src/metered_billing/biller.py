@@ -236,12 +236,12 @@ class Biller:
                 raise
             after = step(record, answer, now=self._runtime.now())
             if isinstance(answer, Deducted | Declined) and answer.balance is not None:
-                operation.span.set_attribute(names.BALANCE, answer.balance)
+                operation.note(names.BALANCE, answer.balance)
             if not isinstance(answer, Deducted):
                 _say_why(operation, type(answer).__name__.lower(), after.reason or "")
                 self._settler.spawn(record.id, self._settler.follow(record, answer))
                 raise self._refusal(after, answer)
-            operation.span.set_attribute(names.TRANSACTION_ID, answer.transaction_id)
+            operation.note(names.TRANSACTION_ID, answer.transaction_id)
             try:
                 won = await self._soon(self._journal.write(record, after, durable=False))
             except asyncio.CancelledError:
@@ -379,7 +379,7 @@ class Biller:
 def _say_why(operation: Operation, error_type: str, reason: str) -> None:
     """On the deduction's span: why the route does not run."""
     operation.failed(error_type, reason)
-    operation.span.set_attribute(names.REASON, reason)
+    operation.note(names.REASON, reason)
 
 
 def _seen(written: asyncio.Future[bool]) -> None:

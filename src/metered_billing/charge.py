@@ -28,6 +28,10 @@ MAX_ITEMS_BYTES = 64 << 10
 _PRINTABLE = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,255}")
 
 
+def _is_printable(value: object) -> bool:
+    return isinstance(value, str) and _PRINTABLE.fullmatch(value) is not None
+
+
 @dataclass(frozen=True, slots=True)
 class Account:
     """Who pays.
@@ -46,11 +50,10 @@ class Account:
     user_id: str | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("tenant_id", self.tenant_id), ("user_id", self.user_id)):
-            if value is None and name == "user_id":
-                continue
-            if not isinstance(value, str) or not _PRINTABLE.fullmatch(value):
-                raise ValueError(f"{name} must be 1 to 255 characters without control characters")
+        if not _is_printable(self.tenant_id):
+            raise ValueError("tenant_id must be 1 to 255 characters without control characters")
+        if self.user_id is not None and not _is_printable(self.user_id):
+            raise ValueError("user_id must be 1 to 255 characters without control characters")
 
 
 class State(StrEnum):
@@ -100,7 +103,7 @@ TRANSITIONS: Mapping[State, Mapping[str, State]] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """A charge as the journal keeps it. Immutable: `step` makes the next one.
 
@@ -152,6 +155,13 @@ class Record:
             raise ValueError(f"charge {self.id}: an amount of {self.amount_credits} credits")
         if type(self.refund_credits) is not int or not 0 <= self.refund_credits <= self.amount_credits:
             raise ValueError(f"charge {self.id}: {self.refund_credits} of {self.amount_credits} refunded")
+
+    def but(self, **changes: Any) -> "Record":
+        """The record with these changes: `dataclasses.replace` at a tenth of its time."""
+        after = object.__new__(Record)
+        after.__dict__.update(self.__dict__, **changes)
+        after.__post_init__()
+        return after
 
     @property
     def refund_key(self) -> str:
@@ -426,9 +436,7 @@ def step(record: Record, event: Event, *, now: float) -> Record:
         raise ImpossibleEvent(f"charge {record.id} is {record.state}; {event!r} cannot happen to it") from None
     closed_at = now if state in FINAL else None
     history = (*record.history, (occasion, now))
-    return replace(
-        record, state=state, tries=0, due_at=now, closed_at=closed_at, history=history, **event.changes(record)
-    )
+    return record.but(state=state, tries=0, due_at=now, closed_at=closed_at, history=history, **event.changes(record))
 
 
 def orphaned(record: Record) -> Event | None:

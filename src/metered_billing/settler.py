@@ -231,10 +231,10 @@ class Settler:
         while not record.final:
             name = names.SPAN_REFUND if record.state is State.REFUNDING else names.SPAN_VOID
             with self._telemetry.operation(name, record, parent=span, linked=True) as operation:
-                operation.span.set_attribute(names.TRIES, record.tries + 1)
-                operation.span.set_attribute(names.REASON, record.reason or "")
+                operation.note(names.TRIES, record.tries + 1)
+                operation.note(names.REASON, record.reason or "")
                 if record.refund_items:
-                    operation.span.set_attribute(names.ITEMS, shown_items(record))
+                    operation.note(names.ITEMS, shown_items(record))
                 answer = await self._ask(record)
                 if isinstance(answer, Unanswered):
                     operation.failed("unanswered", answer.reason)
@@ -242,7 +242,7 @@ class Settler:
                     return answer
                 event, after = answer
                 if isinstance(event, Voided):
-                    operation.span.set_attribute(names.REFUNDED, event.refunded_credits)
+                    operation.note(names.REFUNDED, event.refunded_credits)
                 if not await self._journal.write(record, after, durable=False):
                     operation.failed("ownership_lost")
                     self._telemetry.log(names.LOG_OWNERSHIP_LOST, record)
@@ -450,7 +450,7 @@ class Settler:
 
     async def _recover_one(self, record: Record) -> Unanswered | None:
         with self._telemetry.operation(names.SPAN_RECOVER, record, linked=True) as operation:
-            operation.span.set_attribute(names.CHARGE_STATE, str(record.state))
+            operation.note(names.CHARGE_STATE, str(record.state))
             event = orphaned(record)
             if event is not None:
                 after = step(record, event, now=self._runtime.now())

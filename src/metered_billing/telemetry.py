@@ -7,6 +7,7 @@ sends it, or nowhere. Logs go to structlog where the app has configured it, else
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import time
@@ -27,6 +28,8 @@ from metered_billing.charge import FINAL, Account, Record, State
 from metered_billing.commits import Committed
 
 _LEVELS: Final[Mapping[str, int]] = {
+    names.LOG_COST_COMPUTED: logging.DEBUG,
+    names.LOG_SETTLED: logging.DEBUG,
     names.LOG_DECLINED: logging.WARNING,
     names.LOG_UNAVAILABLE: logging.ERROR,
     names.LOG_POSTPONED: logging.WARNING,
@@ -56,8 +59,11 @@ _GROUPS: Final[Mapping[str, str]] = {
 MAX_LINKS: Final = 128
 """Of one span: what the SDK keeps by default."""
 
+_ANOMALIES: Final = frozenset(names.ANOMALIES)
+
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
 _STDLIB: Final = logging.getLogger(names.SCOPE)
+_JSON: Final = json.JSONEncoder(default=str)
 
 
 class Telemetry:
@@ -165,7 +171,9 @@ class Telemetry:
             carrier = {"traceparent": record.traceparent}
             deduction = trace.get_current_span(_PROPAGATOR.extract(carrier, otel_context.Context()))
             links = [Link(deduction.get_span_context())]
-        context = trace.set_span_in_context(parent) if parent is not None else None
+        context = None
+        if parent is not None and parent is not trace.INVALID_SPAN:  # where nothing is traced, all spans are that one
+            context = trace.set_span_in_context(parent)
         span = self._tracer.start_span(
             name, context, attributes=_attributes(record) if record is not None else None, links=links
         )
@@ -180,7 +188,7 @@ class Telemetry:
         deduct = self._tracer.start_span(names.SPAN_DEDUCT, trace.set_span_in_context(charge), attributes=attributes)
         operation = Operation(deduct, "deduct", self)
         operation.failed("notsent", reason)
-        operation.span.set_attribute(names.REASON, reason)
+        operation.note(names.REASON, reason)
         return operation
 
     def attempt(
@@ -226,7 +234,7 @@ class Telemetry:
     # Metrics.
 
     def measured(self, operation: str, outcome: str, duration_s: float) -> None:
-        self._durations.record(duration_s, {names.OPERATION: operation, names.OUTCOME: _grouped(outcome)})
+        self._durations.record(duration_s, _measured(operation, outcome))
 
     def crowded_out(self) -> None:
         """An operation found no room in the line."""
@@ -293,7 +301,7 @@ class Telemetry:
         fields: dict[str, Any],
     ) -> None:
         level = _LEVELS.get(event, logging.INFO)
-        if event in names.ANOMALIES:
+        if event in _ANOMALIES:
             self._anomalies.add(1, {names.EVENT: event})
         structured = structlog.is_configured()
         if not structured and not _STDLIB.isEnabledFor(level):
@@ -317,9 +325,22 @@ class Telemetry:
                 fields["exc_info"] = exc_info
             structlog.get_logger(names.SCOPE).log(level, event, **fields)
         else:
-            # JSON keeps a line break in a value from starting a line of its own.
-            values = " ".join(f"{key}={json.dumps(value, default=str)}" for key, value in fields.items())
-            _STDLIB.log(level, "%s %s", event, values, exc_info=exc_info, extra={"metered_billing": fields})
+            values = " ".join([f"{key}={_json(value)}" for key, value in fields.items()])
+            exception = None if exc_info is None else (type(exc_info), exc_info, exc_info.__traceback__)
+            # Not `_STDLIB.log`, which would look through the stack for its caller: that is always us.
+            _STDLIB.handle(
+                _STDLIB.makeRecord(
+                    names.SCOPE,
+                    level,
+                    __file__,
+                    0,
+                    "%s %s",
+                    (event, values),
+                    exception,
+                    "log",
+                    {"metered_billing": fields},
+                )
+            )
 
 
 class Operation:
@@ -328,41 +349,51 @@ class Operation:
     A cancelled span would end UNSET and a failed one without `error.type`: here both get theirs.
     """
 
-    __slots__ = ("_began", "_name", "_telemetry", "_token", "outcome", "span")
+    __slots__ = ("_attributes", "_began", "_name", "_telemetry", "_token", "outcome", "span")
 
     def __init__(self, span: Span, name: str, telemetry: Telemetry) -> None:
         self.span = span
         self.outcome = "ok"
         self._name = name
         self._telemetry = telemetry
+        self._attributes: dict[str, Any] = {}
+        self._token: Token[otel_context.Context] | None = None
 
     def __enter__(self) -> Self:
         self._began = self._telemetry.clock()
-        self._token: Token[otel_context.Context] = otel_context.attach(trace.set_span_in_context(self.span))
+        if self.span is not trace.INVALID_SPAN:
+            self._token = otel_context.attach(trace.set_span_in_context(self.span))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        otel_context.detach(self._token)
+        if self._token is not None:
+            otel_context.detach(self._token)
         if error is None or self.outcome != "ok":
             pass  # it went well, or said itself what went wrong
         elif isinstance(error, asyncio.CancelledError):
             self.failed("cancelled")
         else:
             self.failed(type(error).__qualname__)
-        self.span.set_attribute(names.OUTCOME, self.outcome)
+        if self.span.is_recording():
+            self._attributes[names.OUTCOME] = self.outcome
+            self.span.set_attributes(self._attributes)
         self.span.end()
         self._telemetry.measured(self._name, self.outcome, self._telemetry.clock() - self._began)
+
+    def note(self, attribute: str, value: str | int | list[str]) -> None:
+        """An attribute of the span. They are set together, at its end, for the SDK takes a lock each time."""
+        self._attributes[attribute] = value
 
     def failed(self, error_type: str, reason: str | None = None) -> None:
         """Mark it as failed: `error_type` says as what, `reason` is for reading."""
         self.outcome = error_type
-        self.span.set_attribute(names.ERROR_TYPE, error_type)
+        self.note(names.ERROR_TYPE, error_type)
         self.span.set_status(Status(StatusCode.ERROR, reason))
 
 
-def traceparent_in(span: Span) -> str | None:
+def traceparent_of(span: Span) -> str | None:
     """The W3C `traceparent` of a span, or None where it is not traced."""
     at = span.get_span_context()
     if not at.is_valid:
@@ -370,16 +401,23 @@ def traceparent_in(span: Span) -> str | None:
     return f"00-{at.trace_id:032x}-{at.span_id:016x}-{at.trace_flags:02x}"
 
 
-def traceparent_of(span: Span) -> str | None:
-    """The W3C `traceparent` of a span, or None where nothing is traced."""
-    carrier: dict[str, str] = {}
-    _PROPAGATOR.inject(carrier, trace.set_span_in_context(span, otel_context.Context()))
-    return carrier.get("traceparent")
-
-
 def propagate(headers: dict[str, str]) -> None:
     """Add the current span's `traceparent` to the headers of a call."""
     _PROPAGATOR.inject(headers)
+
+
+@functools.lru_cache(maxsize=256)
+def _measured(operation: str, outcome: str) -> Mapping[str, str]:
+    """A metric's attributes, made once each."""
+    return {names.OPERATION: operation, names.OUTCOME: _grouped(outcome)}
+
+
+def _json(value: object) -> str:
+    """As JSON, which keeps a line break in a value from starting a line of its own."""
+    if value is None:
+        return "null"
+    # An encoder is quick with text, and slow with all else.
+    return str(value) if type(value) is int else _JSON.encode(value)
 
 
 def _grouped(outcome: str) -> str:

@@ -40,7 +40,7 @@ from metered_billing.credits.connections import NEVER_SENT, Connections, CoreWir
 from metered_billing.credits.contract import Call, Contract, Reply, read_json, retry_after_s
 from metered_billing.credits.line import ALONE, Line, Waiting
 from metered_billing.runtime import Runtime
-from metered_billing.telemetry import Telemetry, propagate, traceparent_in
+from metered_billing.telemetry import Telemetry, propagate, traceparent_of
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -376,7 +376,7 @@ class HttpCredits:
             asked: _Asked = waiting.asked
             try:
                 operation = dict(self._contract.batched(asked.operation, asked.record, asked.call))
-                traceparent = traceparent_in(asked.span)
+                traceparent = traceparent_of(asked.span)
                 if traceparent is not None:
                     operation["traceparent"] = traceparent
                 operations.append(_encode(operation).encode())

@@ -43,7 +43,9 @@ def reader_for(
     """
     if not is_success(status):
         return StatusReader(status, paid)
-    media = (content_type or "").partition(";")[0].strip().lower()
+    media = "application/json"
+    if content_type != media:
+        media = (content_type or "").partition(";")[0].strip().lower()
     streams = media == EVENT_STREAM or media in LINES
     if not streams and not _is_json(media):
         # A picture at a flat price is no trouble; a picture where a path was given is.

@@ -135,6 +135,8 @@ def whole_number(what: str, value: object) -> int:
 
 def id_of(value: object) -> str | None:
     """An item's id as it is compared: a string, or an int's decimal string; None for all else."""
+    if type(value) is str:
+        return value
     if isinstance(value, str):
         # Not `str(value)`: of a str that is an Enum too it is the member's name.
         return str.__str__(value)

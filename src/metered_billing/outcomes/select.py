@@ -4,8 +4,12 @@ A status is any JSON value; `succeeded` says which of them mean success. An entr
 has one, and whether it succeeded.
 """
 
+from collections.abc import Iterable
+
 from jsonpath_rfc9535 import JSONPathError, JSONPathQuery
 from jsonpath_rfc9535 import compile as compile_query
+from jsonpath_rfc9535.segments import JSONPathChildSegment
+from jsonpath_rfc9535.selectors import NameSelector, WildcardSelector
 
 from metered_billing.outcomes.decode import Unreadable
 from metered_billing.outcomes.paid import Paid, id_of, shown
@@ -37,11 +41,12 @@ class Unfitting(Exception):
 class Path:
     """A compiled JSONPath (RFC 9535). Called with a JSON value it lists the entries that it selects."""
 
-    __slots__ = ("_query", "text")
+    __slots__ = ("_query", "_steps", "text")
 
     def __init__(self, text: str, query: JSONPathQuery) -> None:
         self.text = text
         self._query = query
+        self._steps = _steps_of(query)
 
     @property
     def matched_nothing(self) -> str:
@@ -53,6 +58,8 @@ class Path:
             Unreadable: The path cannot be applied to this value, which may be nested too deeply.
         """
         try:
+            if self._steps is not None:
+                return list(map(entry, _walk(self._steps, value)))
             return [entry(node.value) for node in self._query.finditer(value)]  # type: ignore[arg-type]
         except Exception as error:
             # A RecursionError, the library's or Python's; a UnicodeEncodeError, where half a surrogate pair is
@@ -70,6 +77,42 @@ def compile_path(text: str) -> Path:
         return Path(text, compile_query(text))
     except (JSONPathError, RecursionError, OverflowError) as error:
         raise ValueError(f"not a JSONPath (RFC 9535): {shown(text)}: {error}") from error
+
+
+def _steps_of(query: JSONPathQuery) -> tuple[str | None, ...] | None:
+    """What a path of nothing but names and wildcards goes through: a name, or None for all; of any other path, None.
+
+    Nearly every path is one of these, and walked by itself it takes a tenth of the library's time.
+    """
+    steps: list[str | None] = []
+    for segment in query.segments:
+        selector = segment.selectors[0]
+        if not isinstance(segment, JSONPathChildSegment) or len(segment.selectors) > 1:
+            return None
+        if isinstance(selector, NameSelector):
+            steps.append(selector.name)
+        elif isinstance(selector, WildcardSelector):
+            steps.append(None)
+        else:
+            return None
+    return tuple(steps)
+
+
+def _walk(steps: tuple[str | None, ...], value: object) -> list[object]:
+    """The values that such a path selects, in the library's order."""
+    found = [value]
+    for step in steps:
+        if step is None:
+            found = [child for parent in found for child in _children(parent)]
+        else:
+            found = [parent[step] for parent in found if isinstance(parent, dict) and step in parent]
+    return found
+
+
+def _children(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def entry(selected: object) -> Entry:

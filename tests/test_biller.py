@@ -282,7 +282,7 @@ def test_release_without_a_conclusion_puts_its_own_on_record(world: World) -> No
 
 def test_all_succeeded_sends_nothing_more(world: World, caplog: pytest.LogCaptureFixture) -> None:
     """Settled with the one write, and said so under the request's trace."""
-    caplog.set_level("INFO", logger="metered_billing")
+    caplog.set_level("DEBUG", logger="metered_billing")
     outcome(world, conclude(world, Reported(10)), release(world, Reported(10)))
     (whole,) = world.spans(SPAN_CHARGE)
     assert whole.context is not None
@@ -489,7 +489,7 @@ def test_bug_before_the_route_is_recovered(world: World, broken: str, monkeypatc
 
 def test_operations_are_told(world: World, caplog: pytest.LogCaptureFixture) -> None:
     """One refunded request: its spans, what they hang on, and the credits counted."""
-    caplog.set_level("INFO", logger="metered_billing")
+    caplog.set_level("DEBUG", logger="metered_billing")
 
     async def note(charge: Charge) -> None:
         charge.note("metered_billing.outcomes_mismatch", "9 of 10")
@@ -531,7 +531,7 @@ def test_refusals_are_told(
     world: World, fault: Fault, events: list[str], outcome: str, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Each way not to run has its events, and a span with its error's type and what is known of why."""
-    caplog.set_level("INFO", logger="metered_billing")
+    caplog.set_level("DEBUG", logger="metered_billing")
     refused(world, fault, BillingError)
     found = [record.getMessage().split()[0] for record in caplog.records if record.name == "metered_billing"]
     assert found == ["credits.cost_computed", *events]

@@ -8,9 +8,9 @@ is handed to a task of the settler's, which the request's cancellation does not 
 import asyncio
 import contextlib
 import math
-from collections.abc import Awaitable, Mapping
-from dataclasses import replace
-from typing import TypeVar
+import weakref
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
 
 from opentelemetry.trace import Span
 
@@ -29,6 +29,7 @@ from metered_billing.charge import (
 from metered_billing.credits import Credits
 from metered_billing.errors import BillingError, BillingMisconfigured, CreditsUnavailable, InsufficientCredits
 from metered_billing.journal import Journal, JournalError
+from metered_billing.loops import Deadlines
 from metered_billing.outcomes import Paid, Said
 from metered_billing.runtime import Runtime
 from metered_billing.settler import FIRST_BACKOFF_S, MAX_RETRY_AFTER_S, RECOVER_EVERY_S, Settler
@@ -145,6 +146,7 @@ class Biller:
         self._runtime = runtime or Runtime()
         self._telemetry = telemetry or Telemetry()
         self._settler = Settler(credits, journal, self._runtime, self._telemetry, recover_every_s)
+        self._deadlines: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Deadlines] = weakref.WeakKeyDictionary()
 
     async def start(self) -> None:
         """Open the journal, and recover from now on, on this event loop. May be called again.
@@ -153,6 +155,11 @@ class Biller:
             JournalError: The journal cannot be had.
         """
         await self._settler.start()
+
+    @property
+    def started(self) -> bool:
+        """Whether it is, on this event loop."""
+        return self._settler.started
 
     async def drain(self, timeout_s: float) -> None:
         """Let requests and refunds under way come to their end, then stop, and close everything."""
@@ -210,7 +217,9 @@ class Biller:
 
     async def _deduct(self, record: Record, paid: Paid, span: Span) -> Charge:
         with self._telemetry.operation(names.SPAN_DEDUCT, record, parent=span) as operation:
-            record = replace(record, traceparent=traceparent_of(operation.span))
+            traceparent = traceparent_of(operation.span)
+            if traceparent is not None:
+                record = record.but(traceparent=traceparent)
             try:
                 await self._soon(self._journal.open(record))
             except asyncio.CancelledError:
@@ -260,20 +269,33 @@ class Biller:
                 self._telemetry.log(names.LOG_OWNERSHIP_LOST, after)
                 raise CreditsUnavailable(1)
             self._telemetry.moved("deducted", after.amount_credits)
-            self._telemetry.log(names.LOG_DEDUCTED, after, balance=answer.balance)
+            self._telemetry.log(names.LOG_DEDUCTED, after, units=paid.units, balance=answer.balance)
         return Charge(after, paid, charge_id=after.id, account=after.account, balance=answer.balance, span=span)
 
-    async def _soon(self, write: Awaitable[T]) -> T:
+    def _soon(self, write: Awaitable[T]) -> Awaitable[T]:
         """How a write to the journal went, unless that takes too long: a disk that hangs must not hang requests.
 
         Raises:
-            JournalError: Too long, or failed. It may be written all the same.
+            JournalError: Too long, or failed. It may be written all the same. (When it is awaited.)
         """
+        if type(write) is not asyncio.Future:
+            return self._timed(write)
+        self._watch(write, _too_late)
+        return write
+
+    async def _timed(self, write: Awaitable[T]) -> T:
         try:
             async with asyncio.timeout(JOURNAL_WITHIN_S):
                 return await write
         except TimeoutError as error:
-            raise JournalError(f"not written within {JOURNAL_WITHIN_S} s") from error
+            raise _not_written() from error
+
+    def _watch(self, future: "asyncio.Future[Any]", late: "Callable[[asyncio.Future[Any]], None]") -> None:
+        loop = asyncio.get_running_loop()
+        deadlines = self._deadlines.get(loop)
+        if deadlines is None:
+            deadlines = self._deadlines[loop] = Deadlines(loop)
+        deadlines.watch(future, JOURNAL_WITHIN_S, late)
 
     def _refusal(self, record: Record, answer: Declined | NotSent | Unknown) -> BillingError:
         """What the client is told of an answer that is not yes."""
@@ -302,10 +324,17 @@ class Biller:
         written = charge._written
         if written is None or written.done():
             return
-        # How it went is for `release` to look at; here it only has to be over.
-        with contextlib.suppress(Exception):
-            async with asyncio.timeout(JOURNAL_WITHIN_S):
-                await asyncio.shield(written)
+        # Not the write itself, which a cancellation of the request would take along. How it went is for `release`
+        # to look at; here it only has to be over.
+        over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def wake(_: object) -> None:
+            _seen(written)
+            _give_up(over)
+
+        written.add_done_callback(wake)
+        self._watch(over, _give_up)
+        await over
         if not written.done():
             self._telemetry.log(names.LOG_JOURNAL_FAILED, charge._record, reason=f"no outcome in {JOURNAL_WITHIN_S} s")
 
@@ -319,8 +348,19 @@ class Biller:
             return
         self._begin_outcome(charge, event)
         charge._closed = True
-        if charge._record is not None:
-            self._settler.spawn(charge.id, self._settle(charge, charge._record))
+        record, written = charge._record, charge._written
+        if record is None:
+            return
+        if written is not None and not written.done():
+            written.add_done_callback(_seen)
+            self._settler.spawn(charge.id, self._settle(charge, record, written))
+            return
+        # As nearly always: `conclude` has waited for it. What is over needs no task.
+        due = self._told(charge, record)
+        if due is None:
+            self._settler.leave(record)
+        else:
+            self._settler.spawn(charge.id, self._settler.drive(due, charge._span))
 
     def _begin_outcome(self, charge: Charge, event: Event) -> None:
         """Queue the one write of the outcome. From here on a cancellation cannot change it."""
@@ -330,50 +370,66 @@ class Biller:
         try:
             after = step(record, event, now=self._runtime.now())
             charge._written = asyncio.ensure_future(self._journal.write(record, after, durable=True))
-            charge._written.add_done_callback(_seen)
             charge._outcome = after
         except Exception as error:
             # A full queue, a closed journal, or a bug: the response goes out, and recovery refunds all.
             self._telemetry.log(names.LOG_JOURNAL_FAILED, record, exc_info=error)
 
-    async def _settle(self, charge: Charge, record: Record) -> None:
+    async def _settle(self, charge: Charge, record: Record, written: "asyncio.Future[bool]") -> None:
+        with contextlib.suppress(Exception):
+            await asyncio.shield(written)
+        due = self._told(charge, record)
+        if due is not None:
+            await self._settler.drive(due, charge._span)
+
+    def _told(self, charge: Charge, record: Record) -> Record | None:
+        """Say how the write of the outcome went, now that it is over. Returns the record where a refund is due."""
+        try:
+            return self._tell(charge, record)
+        except Exception as error:
+            # A bug of ours, or of a span processor's: recovery goes by what is on record.
+            self._telemetry.log(names.LOG_BUG, record, exc_info=error)
+            return None
+
+    def _tell(self, charge: Charge, record: Record) -> Record | None:
         after, written, span = charge._outcome, charge._written, charge._span
         if after is None or written is None:
             self._end(span, record, "journal")
-            return
+            return None
         try:
-            won = await asyncio.shield(written)
-        except Exception as error:
+            won = written.result()
+        except (Exception, asyncio.CancelledError) as error:  # cancelled with its loop, where the journal has tasks
             # On record it is still deducted: recovery refunds all, once the journal works again.
             self._telemetry.log(names.LOG_JOURNAL_FAILED, record, span=span, exc_info=error)
             self._end(span, record, "journal")
-            return
+            return None
         if not won:
             self._telemetry.log(names.LOG_OWNERSHIP_LOST, record, span=span)
             self._end(span, record, "ownership_lost")
-            return
+            return None
         self._end(span, after, str(after.state))
         self._telemetry.moved("kept", after.kept_credits)
-        if after.final:
-            self._settler.say_final(after, span)
-            return
-        await self._settler.drive(after, span)
+        if not after.final:
+            return after
+        self._settler.say_final(after, span)
+        return None
 
     def _end(self, span: Span | None, record: Record, outcome: str) -> None:
-        if span is not None:
-            span.set_attributes(
-                {
-                    names.OUTCOME: outcome,
-                    names.KEPT: record.kept_credits,
-                    names.REFUNDED: record.refund_credits,
-                    names.TRANSACTION_ID: record.transaction_id or "",
-                }
-            )
+        if span is None:
+            return
+        if span.is_recording():
+            attributes: dict[str, Any] = {
+                names.OUTCOME: outcome,
+                names.KEPT: record.kept_credits,
+                names.REFUNDED: record.refund_credits,
+                names.TRANSACTION_ID: record.transaction_id or "",
+            }
             if record.reason is not None:
-                span.set_attribute(names.REASON, record.reason)
+                attributes[names.REASON] = record.reason
             if record.refund_items:
-                span.set_attribute(names.ITEMS, shown_items(record))
-            span.end()
+                attributes[names.ITEMS] = shown_items(record)
+            span.set_attributes(attributes)
+        span.end()
 
 
 def _say_why(operation: Operation, error_type: str, reason: str) -> None:
@@ -382,7 +438,20 @@ def _say_why(operation: Operation, error_type: str, reason: str) -> None:
     operation.note(names.REASON, reason)
 
 
-def _seen(written: asyncio.Future[bool]) -> None:
+def _not_written() -> JournalError:
+    return JournalError(f"not written within {JOURNAL_WITHIN_S} s")
+
+
+def _too_late(write: "asyncio.Future[Any]") -> None:
+    write.set_exception(_not_written())
+
+
+def _give_up(over: "asyncio.Future[None]") -> None:
+    if not over.done():
+        over.set_result(None)
+
+
+def _seen(written: "asyncio.Future[bool]") -> None:
     """Whoever waited for it may be gone by now."""
     if not written.cancelled():
         written.exception()

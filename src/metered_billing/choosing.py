@@ -45,18 +45,38 @@ class Offer:
         }
         self.request_name = next((p.name for p in parameters if is_kind(p.annotation, Request)), None)
 
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The arguments of one call, by name."""
-        if not args and not self.defaults.keys() - kwargs.keys():
-            return kwargs
-        return {**self.defaults, **dict(zip(self.names, args, strict=False)), **kwargs}
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], otherwise: Callable[[], Request]) -> "Bound":
+        """The arguments of one call.
 
-    def request(self, arguments: Mapping[str, Any], otherwise: Callable[[], Request]) -> Request:
+        Args:
+            otherwise: Makes a request, where the endpoint takes none.
+        """
+        if args or (self.defaults and self.defaults.keys() - kwargs.keys()):
+            kwargs = {**self.defaults, **dict(zip(self.names, args, strict=False)), **kwargs}
+        return Bound(self, kwargs, otherwise)
+
+
+class Bound:
+    """One call of an endpoint: its arguments by name, and its request, made when it is first asked for."""
+
+    __slots__ = ("_offer", "_otherwise", "_request", "arguments")
+
+    def __init__(self, offer: Offer, arguments: Mapping[str, Any], otherwise: Callable[[], Request]) -> None:
+        self.arguments = arguments
+        self._offer = offer
+        self._otherwise = otherwise
+        self._request: Request | None = None
+
+    @property
+    def request(self) -> Request:
         """The endpoint's own request, where it takes one."""
-        own = arguments.get(self.request_name) if self.request_name is not None else None
-        if own is None:
-            own = next((value for value in arguments.values() if isinstance(value, Request)), None)
-        return own if isinstance(own, Request) else otherwise()
+        if self._request is None:
+            name = self._offer.request_name
+            own = self.arguments.get(name) if name is not None else None
+            if own is None:
+                own = next((value for value in self.arguments.values() if isinstance(value, Request)), None)
+            self._request = own if isinstance(own, Request) else self._otherwise()
+        return self._request
 
 
 class Chooser:
@@ -112,15 +132,15 @@ class Chooser:
         else:
             self._keywords.append((name, source))
 
-    async def __call__(self, arguments: Mapping[str, Any], request: Callable[[], Request], returned: Any = None) -> Any:
-        """Call it with this request's arguments; whatever it raises passes."""
+    def __call__(self, call: Bound, returned: Any = None) -> Any:
+        """Call it with this request's arguments; whatever it raises passes. An async one returns an awaitable."""
+        arguments = call.arguments
         if self._wants_request:
-            arguments = {REQUEST: self._offer.request(arguments, request), **arguments}
-        values = [arguments[source] for source in self._positional]
+            arguments = {REQUEST: call.request, **arguments}
+        keywords = {name: arguments[source] for name, source in self._keywords}
         if self._returned:
-            values.insert(0, returned)
-        result = self._fn(*values, **{name: arguments[source] for name, source in self._keywords})
-        return await result if inspect.isawaitable(result) else result
+            return self._fn(returned, *[arguments[source] for source in self._positional], **keywords)
+        return self._fn(*[arguments[source] for source in self._positional], **keywords)
 
 
 def is_kind(annotation: Any, kind: type) -> bool:

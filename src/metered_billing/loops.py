@@ -1,9 +1,47 @@
-"""What a settler has on one event loop: its tasks, and when its recovery is to look again."""
+"""What the biller has on one event loop: what it waits for, what settles, and when recovery is to look again."""
 
 import asyncio
 import contextlib
 import math
+from collections import deque
 from collections.abc import Callable
+from typing import Any
+
+
+class Deadlines:
+    """Ends what waits for too long: one timer for all of them, because a timer for each costs more than the wait.
+
+    What is watched all waits equally long, so that the first in the queue is always the first to be late.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._watched: deque[tuple[float, asyncio.Future[Any], Callable[[asyncio.Future[Any]], None]]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def watch(
+        self, future: "asyncio.Future[Any]", within_s: float, late: "Callable[[asyncio.Future[Any]], None]"
+    ) -> None:
+        """Call `late` with the future, should it not be done by then."""
+        watched = self._watched
+        while watched and watched[0][1].done():
+            watched.popleft()
+        when = self._loop.time() + within_s
+        watched.append((when, future, late))
+        if self._timer is None:
+            self._timer = self._loop.call_at(when, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        now = self._loop.time()
+        while self._watched:
+            when, future, late = self._watched[0]
+            if not future.done():
+                if when > now:
+                    self._timer = self._loop.call_at(when, self._look)
+                    return
+                late(future)
+            self._watched.popleft()
 
 
 class LoopTasks:

@@ -15,7 +15,7 @@ from starlette.websockets import WebSocket
 from metered_billing import names
 from metered_billing.biller import Charge
 from metered_billing.charge import MAX_AMOUNT, Account
-from metered_billing.choosing import Chooser, Offer, is_kind
+from metered_billing.choosing import Bound, Chooser, Offer, is_kind
 from metered_billing.errors import (
     AccountRequired,
     BillingError,
@@ -155,6 +155,7 @@ class Terms:
             raise TypeError(f"outcomes must be a JSONPath or a function; this is {outcomes!r}")
         self._max_units = max_units
         self._on_disconnect = on_disconnect
+        self._metadata = {"endpoint": self._name[:255]}
         # A middleware's account function, with its arguments chosen for this endpoint.
         self._accounts: dict[int, tuple[Callable[..., Any], Chooser]] = {}
 
@@ -175,21 +176,21 @@ class Terms:
                 f"{self._name} was called within a request that is charged for already, or from a task that it"
                 " left behind; a request is charged once: call the plain function, its __wrapped__"
             )
-        arguments = self.offer.bind(args, kwargs)
-        request = self.offer.request(arguments, lambda: _request(exchange))
+        call = self.offer.bind(args, kwargs, functools.partial(_request, exchange))
         try:
-            charge = await self._charge(exchange, arguments, request)
+            charge = await self._charge(exchange, call)
         except BillingError as error:
             if isinstance(error, BillingMisconfigured):
                 telemetry = exchange.billing.telemetry
                 telemetry.log(names.LOG_MISCONFIGURED, exc_info=error, endpoint=self._name, reason=error.why)
-            return answer(error, request.scope)
+            return answer(error, call.request.scope)
         if not exchange.begin(charge, self._path, self._on_disconnect):
             raise BillingMisconfigured(f"{self._name}: its request had ended before it was paid for")
         returned = await self._run(exchange, args, kwargs)
         if self._reader is not None and charge.amount_credits > 0:
             try:
-                exchange.report = from_returned(await self._reader(arguments, lambda: request, returned))
+                reported = self._reader(call, returned)
+                exchange.report = from_returned(await reported if inspect.isawaitable(reported) else reported)
             except Exception as error:
                 # Not the client's trouble: its work is done. A person looks at the charge.
                 exchange.raised = f"the outcomes function raised {type(error).__name__}"
@@ -212,7 +213,7 @@ class Terms:
                 exchange.failed = f"status {error.status_code}"
             raise
 
-    async def _charge(self, exchange: Exchange, arguments: Mapping[str, Any], request: Request) -> Charge:
+    async def _charge(self, exchange: Exchange, call: Bound) -> Charge:
         """Have the request's price deducted.
 
         Raises:
@@ -220,25 +221,24 @@ class Terms:
             HTTPException: What the app's own functions raised.
         """
         billing = exchange.billing
-        paid = await self._priced(arguments, request)
-        account = await self._payer(billing.account, arguments, request)
+        paid = await self._priced(call)
+        account = await self._payer(billing.account, call)
         if paid.amount_credits == 0:
             return billing.biller.free(paid, account)
         if account is None:
             raise AccountRequired
         try:
-            await billing.biller.start()  # without a lifespan, nobody has
+            if not billing.biller.started:  # without a lifespan, nobody has started it
+                await billing.biller.start()
         except Exception as error:
             with billing.telemetry.not_begun(account, paid.amount_credits, paid.units, str(error)):
                 billing.telemetry.log(names.LOG_UNAVAILABLE, exc_info=error, endpoint=self._name)
             raise CreditsUnavailable(1) from error
-        return await billing.biller.deduct(
-            account, paid, request_id=exchange.request_id, metadata={"endpoint": self._name[:255]}
-        )
+        return await billing.biller.deduct(account, paid, request_id=exchange.request_id, metadata=self._metadata)
 
-    async def _priced(self, arguments: Mapping[str, Any], request: Request) -> Paid:
-        cost = await self._call("cost", self._cost, arguments, request)
-        price = await self._call("price", self._price, arguments, request)
+    async def _priced(self, call: Bound) -> Paid:
+        cost = await self._ask("cost", self._cost, call) if isinstance(self._cost, Chooser) else self._cost
+        price = await self._ask("price", self._price, call) if isinstance(self._price, Chooser) else self._price
         try:
             paid = cost_of(cost, price=price)
         except (TypeError, ValueError) as error:
@@ -249,23 +249,20 @@ class Terms:
             raise InvalidCost(f"{self._name}: {paid.amount_credits} credits are more than {MAX_AMOUNT}")
         return paid
 
-    async def _payer(
-        self, default: Callable[..., Any] | None, arguments: Mapping[str, Any], request: Request
-    ) -> Account | None:
+    async def _payer(self, default: Callable[..., Any] | None, call: Bound) -> Account | None:
         try:
             chooser = self._account_chooser(default)
         except TypeError as error:
             raise BillingMisconfigured(f"{self._name}: {error}") from error
-        account = await self._call("account", chooser, arguments, request)
+        account = await self._ask("account", chooser, call)
         if account is not None and not isinstance(account, Account):
             raise InvalidCost(f"{self._name}: account returned a {type(account).__name__}, not an Account or None")
         return account
 
-    async def _call(self, what: str, value: Any | Chooser, arguments: Mapping[str, Any], request: Request) -> Any:
-        if not isinstance(value, Chooser):
-            return value
+    async def _ask(self, what: str, chooser: Chooser, call: Bound) -> Any:
         try:
-            return await value(arguments, lambda: request)
+            result = chooser(call)
+            return await result if inspect.isawaitable(result) else result
         except HTTPException:
             raise
         except Exception as error:

@@ -7,7 +7,7 @@ are not resolved here and request bodies are not read: the framework has done bo
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -30,6 +30,7 @@ from metered_billing.outcomes import (
     reader_for,
 )
 from metered_billing.outcomes import Path as JsonPath
+from metered_billing.presence import has_left
 from metered_billing.problems import document
 from metered_billing.routes import check, unwrapped
 from metered_billing.runtime import Runtime
@@ -40,12 +41,7 @@ T = TypeVar("T")
 OnDisconnect = Literal["refund", "keep"]
 OnUnavailable = Literal["reject"]
 
-SCOPE_KEY = "metered_billing"
-
 _VISIBLE = re.compile(r"[\x21-\x7e]{1,255}")
-_TURNS = 8
-"""Turns of the event loop that a `receive` is given to answer: each middleware around it takes a few."""
-
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
 EXCHANGE: ContextVar["Exchange | None"] = ContextVar("metered_billing_exchange", default=None)
@@ -122,8 +118,8 @@ class MeteredBillingMiddleware:
             return
         if not self._checked:  # no lifespan has done it
             self._check(scope)
+        # It refers to the scope, and nothing in the scope to it: what is a cycle waits for the garbage collector.
         exchange = Exchange(self, scope, receive, send)
-        scope[SCOPE_KEY] = exchange
         # A dependency may put things on `request.state` of a copy of this scope, made further inside.
         scope.setdefault("state", {})
         token = EXCHANGE.set(exchange)
@@ -251,11 +247,9 @@ class Exchange:
 
     # For the app.
 
-    async def send(self, message: Message) -> None:
-        if self.charge is None:
-            await self._send(message)
-        else:
-            await self._watch(message, self.charge)
+    def send(self, message: Message) -> Awaitable[None]:
+        # No coroutine of its own: free is free.
+        return self._send(message) if self.charge is None else self._watch(message, self.charge)
 
     async def _out(self, message: Message) -> None:
         try:
@@ -316,7 +310,7 @@ class Exchange:
             self._on_disconnect == "refund"
             and not isinstance(self._reader, LineReader)
             and charge.amount_credits > 0
-            and await self._has_left()
+            and await has_left(self._receive, self.scope["headers"])
         )
         event = self._refund_all("the client left before the answer") if left else self._outcome(charge)
         await self._billing.biller.conclude(charge, event)
@@ -324,26 +318,6 @@ class Exchange:
         await self._out(message)
         self._over = True
         self._billing.biller.release(charge, event)
-
-    async def _has_left(self) -> bool:
-        """Whether the client has left, without waiting for it to."""
-        if any(name == b"expect" for name, _ in self.scope["headers"]):
-            return False  # asking would make the server ask for the body that nobody wanted
-        for _ in range(100):  # what is left of the request's body comes first
-            message: asyncio.Future[Message] = asyncio.ensure_future(self._receive())
-            try:
-                for _ in range(_TURNS):
-                    if message.done():
-                        break
-                    await asyncio.sleep(0)
-            finally:
-                if not message.done():
-                    message.cancel()
-            if not message.done() or message.cancelled() or message.exception() is not None:
-                return False
-            if message.result()["type"] == "http.disconnect":
-                return True
-        return False
 
     async def _release_start(self, charge: Charge, event: Event | None) -> None:
         """Send the start, if it is held still, with the headers that can be known by now."""

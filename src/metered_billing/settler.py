@@ -126,6 +126,11 @@ class Settler:
         here = self._loops[loop] = LoopTasks(self._runtime.monotonic)
         here.recovery = loop.create_task(self._recover_for_ever(here), name="metered-billing recovery")
 
+    @property
+    def started(self) -> bool:
+        """Whether it is, on this event loop."""
+        return asyncio.get_running_loop() in self._loops
+
     async def drain(self, timeout_s: float) -> None:
         """Let requests and refunds under way come to their end, then stop, and close everything.
 

@@ -102,12 +102,12 @@ def cost_of(value: object, *, price: object = 1) -> Paid:
         TypeError, ValueError: Anything else; the text says what it was.
     """
     price = whole_number("price", price)
-    if not isinstance(value, Mapping):
-        if not isinstance(value, int):
-            raise TypeError(
-                f"cost must be a whole number of units, or a mapping of item id to units; this is {described(value)}"
-            )
+    if isinstance(value, int):
         return Paid(whole_number("cost", value), None, price)
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"cost must be a whole number of units, or a mapping of item id to units; this is {described(value)}"
+        )
     by_item: dict[str, int] = {}
     for key, units in value.items():
         item = _checked_id(key)

@@ -57,9 +57,8 @@ def count(paid: Paid, report: Report, said: Said) -> Outcome:
     """What stays paid by this report, and by what the route said itself."""
     if isinstance(report, Delivered):
         return _count_delivered(paid, report.units, said)
-    if isinstance(report, ById) and paid.by_item is None and len(report.entries) == paid.units:
-        if all(ok for _, ok in report.entries):  # as nearly always
-            return _count_delivered(paid, paid.units, said)
+    if isinstance(report, ById) and paid.by_item is None and _all_succeeded(paid, report):  # as nearly always
+        return _count_delivered(paid, paid.units, said)
     tally = tally_for(paid)
     if isinstance(report, ById):
         for item, ok in report.entries:
@@ -73,6 +72,10 @@ def count(paid: Paid, report: Report, said: Said) -> Outcome:
         if len(report.succeeded) > len(paid.by_item):
             return tally.outcome(said, also=_paid_and_reported(len(paid.by_item), len(report.succeeded)))
     return tally.outcome(said)
+
+
+def _all_succeeded(paid: Paid, report: ById) -> bool:
+    return len(report.entries) == paid.units and all(ok for _, ok in report.entries)
 
 
 def by_status(status: int, paid: Paid, said: Said, *, unreadable: str | None = None) -> Outcome:

@@ -12,7 +12,7 @@ import metered_billing
 SOURCE = Path(metered_billing.__file__).parent
 
 FLOORS = [
-    {"charge", "runtime", "names"},
+    {"charge", "runtime", "names", "presence"},
     {"commits", "errors", "outcomes", "explain", "reconcile", "choosing", "sqlite", "postgres", "schemas", "routes"},
     {"telemetry", "ledger", "journal", "credits"},
     {"settings", "loops", "settler", "problems", "conformance"},

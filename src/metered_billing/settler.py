@@ -186,9 +186,11 @@ class Settler:
     def spawn(self, charge_id: str, work: Coroutine[Any, Any, object]) -> None:
         """Run `work` in a task of our own, which nobody's cancellation reaches but the drain's."""
 
-        def over(_: object = None) -> None:
+        def over(task: "asyncio.Task[None] | None" = None) -> None:
             work.close()  # it may have been cancelled before it began
             self._live.pop(charge_id, None)
+            if here is not None and task is not None:
+                here.tasks.discard(task)
 
         try:
             loop = asyncio.get_running_loop()
@@ -212,7 +214,6 @@ class Settler:
 
         task = loop.create_task(run(), name=f"metered-billing {charge_id}")
         here.tasks.add(task)
-        task.add_done_callback(here.tasks.discard)
         task.add_done_callback(over)
 
     # Settling, in the background.

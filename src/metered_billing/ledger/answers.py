@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from metered_billing.errors import TYPE_PREFIX
 
@@ -25,8 +25,7 @@ REFUSALS: Mapping[str, tuple[int, str]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """What came of a command.
 
     Attributes:

@@ -97,7 +97,9 @@ class GroupedBooks(Rows):
         return self._refunded[transaction_id]
 
     def remembered(self, tenant_id: str, key: str) -> Remembered | None:
-        remembered = self._key(tenant_id, key)
+        if (tenant_id, key) not in self._keys:
+            self._look_up([(tenant_id, key)])
+        remembered = self._keys[tenant_id, key]
         return None if remembered is None or remembered.kind == Void.kind else remembered
 
     def remember(self, tenant_id: str, key: str, what: Remembered) -> None:
@@ -110,7 +112,9 @@ class GroupedBooks(Rows):
         return self._voids[tenant_id, key]
 
     def mark_voided(self, tenant_id: str, key: str, what: Voided, at: str) -> None:
-        if self._key(tenant_id, key) is None:
+        if (tenant_id, key) not in self._keys:
+            self._look_up([(tenant_id, key)])
+        if self._keys[tenant_id, key] is None:
             self.remember(tenant_id, key, _TOMBSTONE)
         self._voids[tenant_id, key] = what
         self._new_voids.append((tenant_id, key, what.user_id or "", what.refunded, at))
@@ -155,11 +159,6 @@ class GroupedBooks(Rows):
         for tenant_id, user_id, balance, granted in self._read_accounts(accounts):
             self._held[tenant_id, user_id] = Held(balance, granted)
         self._look_up(keys)
-
-    def _key(self, tenant_id: str, key: str) -> Remembered | None:
-        if (tenant_id, key) not in self._keys:
-            self._look_up([(tenant_id, key)])
-        return self._keys[tenant_id, key]
 
     def _look_up(self, keys: Collection[Pair]) -> None:
         self._note_keys(keys, self._read_keys(keys))

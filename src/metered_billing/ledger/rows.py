@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from json.encoder import encode_basestring as _quoted
 from typing import Any
 
 from metered_billing.ledger.rules import Entry, Remembered
@@ -38,7 +39,7 @@ def entry_values(entry: Entry) -> tuple[Any, ...]:
         entry.created_at,
         entry.reason,
         entry.request_id,
-        to_json(dict(entry.metadata)) if entry.metadata is not None else None,
+        None if entry.metadata is None else _flat_json(entry.metadata),
         to_json(entry.items) if entry.items else None,
     )
 
@@ -92,3 +93,8 @@ def entry_body(entry: Entry) -> dict[str, Any]:
         "metadata": dict(entry.metadata or {}),
         "items": list(entry.items),
     }
+
+
+def _flat_json(metadata: Mapping[str, str]) -> str:
+    # A flat map of strings needs no encoder, which costs as much as the rest of the row.
+    return "{" + ",".join([f"{_quoted(name)}:{_quoted(value)}" for name, value in metadata.items()]) + "}"

@@ -90,7 +90,8 @@ class Ledger:
         Returns:
             An answer for each; where one had none, why.
         """
-        stamped = [(command, self._stamp()) for command in commands]
+        new_id, at = self._runtime.new_id, self._at()
+        stamped = [(command, Stamp(new_id(), at)) for command in commands]
         try:
             return await self._engine.run(
                 lambda books: [decide(books, command, stamp) for command, stamp in stamped], commands
@@ -169,7 +170,10 @@ class Ledger:
             return error
 
     def _stamp(self) -> Stamp:
-        return Stamp(self._runtime.new_id(), _at(int(self._runtime.now() * 1000)))
+        return Stamp(self._runtime.new_id(), self._at())
+
+    def _at(self) -> str:
+        return _at(int(self._runtime.now() * 1000))
 
 
 @lru_cache(maxsize=1)  # many commands come in one millisecond

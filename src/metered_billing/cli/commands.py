@@ -71,18 +71,18 @@ def serve(
         raise Failure(f"{error}.") from None
     exports = Exports()
     exports.set_up()
-    server = Server(
-        uvicorn.Config(
-            create_app(ledger, tokens),
-            host=host,
-            port=port,
-            timeout_graceful_shutdown=GRACE_S,
-            server_header=False,
-        ),
-        exports,
+    config = uvicorn.Config(
+        create_app(ledger, tokens),
+        host=host,
+        port=port,
+        timeout_graceful_shutdown=GRACE_S,
+        server_header=False,
     )
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has finished its work before it raises this
-        asyncio.run(_serve(server, ledger))
+    with (
+        contextlib.suppress(KeyboardInterrupt),  # uvicorn has finished its work before it raises this
+        asyncio.Runner(loop_factory=config.get_loop_factory()) as runner,  # uvloop's, where it is installed
+    ):
+        runner.run(_serve(Server(config, exports), ledger))
 
 
 async def _serve(server: uvicorn.Server, ledger: Ledger) -> None:

@@ -67,7 +67,7 @@ _VERSION_2 = (
 
 _VERSION_3 = (
     # Requests' ids come in no order, so that each new charge had a page of its own to write to keep this index.
-    # What is searched for by them, a person looks for, now and then: all of a file is read in half a second.
+    # What is searched for by them, a person looks for, now and then: a file is read through in a moment.
     "DROP INDEX IF EXISTS charges_request",
 )
 

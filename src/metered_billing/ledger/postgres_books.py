@@ -7,6 +7,7 @@ the keys; all that is written; COMMIT. Refunds, and what was done before, cost o
 
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 from metered_billing.charge import MAX_AMOUNT
@@ -193,22 +194,22 @@ class PostgresBooks(GroupedBooks):
         return self._ask(_REFUNDED, _array(transaction_ids))
 
     def _write(self, accounts: list[Row], entries: list[Row], keys: list[Row], voids: list[Row]) -> None:
-        with self._at_once():
-            if accounts:
-                self._send(_HOLD, *_columns(accounts))
-            self._insert("entries", ENTRY, ("text",) * 6 + ("bigint",) * 2 + ("text",) * 5, entries)
-            self._insert("keys", KEY, ("text",) * 4 + ("bytea", "integer", "text", "text"), keys)
-            self._insert("voids", VOID, ("text",) * 3 + ("bigint", "text"), voids)
-
-    def _insert(self, table: str, columns: str, types: Sequence[str], rows: list[Row]) -> None:
-        if rows:
-            arrays = ", ".join(f"%s::{type_}[]" for type_ in types)
-            # In their order, which the entries' numbers keep.
-            self._send(
-                f"INSERT INTO {table} ({columns}) SELECT {columns}"
-                f" FROM unnest({arrays}) WITH ORDINALITY AS new ({columns}, n) ORDER BY n",
-                *_columns(rows),
+        written = [
+            (statement, rows)
+            for statement, rows in (
+                (_HOLD, accounts),
+                (_WRITE_ENTRIES, entries),
+                (_WRITE_KEYS, keys),
+                (_WRITE_VOIDS, voids),
             )
+            if rows
+        ]
+        # As one statement. The parts of a WITH are done whether or not anything reads them.
+        *others, last = [statement for statement, _ in written]
+        first = ", ".join(f"part_{number} AS ({statement})" for number, statement in enumerate(others))
+        self._send(
+            f"WITH {first} {last}" if others else last, *chain.from_iterable(_columns(rows) for _, rows in written)
+        )
 
     def _ask(self, question: str, *values: str | int) -> list[Row]:
         if any("\x00" in value for value in values if isinstance(value, str)):
@@ -258,6 +259,20 @@ _HOLD = (
     " SELECT * FROM unnest(%s::text[], %s::text[], %s::bigint[], %s::bigint[])"
     " ON CONFLICT (tenant_id, user_id) DO UPDATE SET balance = excluded.balance, granted = excluded.granted"
 )
+
+
+def _insert(table: str, columns: str, *types: str) -> str:
+    arrays = ", ".join(f"%s::{type_}[]" for type_ in types)
+    # In their order, which the entries' numbers keep.
+    return (
+        f"INSERT INTO {table} ({columns}) SELECT {columns}"
+        f" FROM unnest({arrays}) WITH ORDINALITY AS new ({columns}, n) ORDER BY n"
+    )
+
+
+_WRITE_ENTRIES = _insert("entries", ENTRY, *("text",) * 6, "bigint", "bigint", *("text",) * 5)
+_WRITE_KEYS = _insert("keys", KEY, *("text",) * 4, "bytea", "integer", "text", "text")
+_WRITE_VOIDS = _insert("voids", VOID, *("text",) * 3, "bigint", "text")
 
 
 def _columns(rows: Collection[Row]) -> list[str]:

@@ -26,7 +26,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.bench import app, page
+from tests.bench import page
 from tests.bench.compare import NEAR, Bench, Results, compare, compare_near, line, pin_load
 from tests.bench.processes import ROOT
 from tests.bench.record import Record
@@ -169,9 +169,7 @@ def main() -> None:
                 )
                 if options.peers:
                     names = ["bare", "bare-traced", "base", "ours-journal", *(peer.name for peer in PEERS)]
-                variants = [
-                    v for v in BY_NAME.values() if v.name in names and (not v.lean or app.lean_transport() is not None)
-                ]
+                variants = [v for v in BY_NAME.values() if v.name in names]
                 levels = [level] if options.quick or options.concurrency or options.slow or options.peers else LEVELS
                 runner.run(apps(variants, levels, options, record))
             else:

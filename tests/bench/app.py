@@ -112,16 +112,11 @@ def ours(app: FastAPI, variant: Variant) -> None:
 def _add_ours(app: FastAPI, variant: Variant) -> None:
     options: dict[str, Any] = {}
     if variant.lean:
-        options["transport"] = lean_transport()
+        options["lean"] = True
     credits = HttpCredits(os.environ["BENCH_CREDITS"], token=os.environ["BENCH_TOKEN"], **options)  # noqa: A001
     app.add_middleware(
         MeteredBillingMiddleware, credits=credits, account=account_of, journal=os.environ["BENCH_JOURNAL"]
     )
-
-
-def lean_transport() -> Any:
-    """The lean transport, or None as long as there is none."""
-    return None
 
 
 def by_hand_plain(app: FastAPI, variant: Variant) -> None:

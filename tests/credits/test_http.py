@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import json
 import logging
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from random import Random
 from typing import Any
@@ -1103,6 +1104,12 @@ class TestAddress:
         """A limit of nothing, or none at all, is refused at once."""
         with pytest.raises(ValueError, match="must be above 0, and finite"):
             HttpCredits(URL, **{name: value})  # type: ignore[arg-type]
+
+    def test_lean_without_its_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It says what to install."""
+        monkeypatch.setitem(sys.modules, "metered_billing.credits.lean", None)
+        with pytest.raises(ImportError, match=r"pip install 'metered-billing\[lean\]'"):
+            HttpCredits(URL, lean=True)
 
     async def test_start_needs_no_service(self, client: Client) -> None:
         """A service that is down does not keep the app from starting."""

@@ -12,7 +12,8 @@ import subprocess
 import time
 import warnings
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +154,21 @@ def address(server: socket.socket, scheme: str = "http") -> str:
     return f"{scheme}://127.0.0.1:{server.getsockname()[1]}"
 
 
+LEAN = ContextVar("lean", default=False)
+
+
+@pytest.fixture(params=[False, True], ids=["default", "lean"], autouse=True)
+def wire(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever is true of httpx's engine is true of the lean connection."""
+    token = LEAN.set(request.param)
+    yield
+    LEAN.reset(token)
+
+
 def client(url: str, **options: Any) -> HttpCredits:
     """A client that does not wait between its attempts."""
-    return HttpCredits(url, **{"runtime": Runtime(sleep=lambda _: asyncio.sleep(0)), **options})
+    runtime = Runtime(sleep=lambda _: asyncio.sleep(0))
+    return HttpCredits(url, **{"runtime": runtime, "lean": LEAN.get(), **options})
 
 
 class TestTimeouts:

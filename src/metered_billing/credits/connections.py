@@ -208,9 +208,14 @@ class _Compressed(Exception):
     pass
 
 
-async def _read(headers: Mapping[str, str], stream: AsyncIterable[bytes]) -> bytes:
+def check_encoding(headers: Mapping[str, str]) -> None:
+    """Refuse a compressed answer: we asked for none, and a few bytes can unpack to gigabytes."""
     if headers.get("content-encoding", "identity").lower() != "identity":
-        raise _Compressed  # we asked for none that is: a few bytes can unpack to gigabytes
+        raise _Compressed
+
+
+async def _read(headers: Mapping[str, str], stream: AsyncIterable[bytes]) -> bytes:
+    check_encoding(headers)
     content = bytearray()
     async for chunk in stream:
         content += chunk

@@ -10,6 +10,7 @@ import asyncio
 import json
 import math
 import re
+import ssl
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -139,6 +140,7 @@ class HttpCredits:
         breaker_reset_s: How long it stays open before one probe is let through.
         contract: What to ask and how to read the answers, for services of another shape.
         transport: What is sent through instead of the network, on every event loop; it stays yours to close.
+        lean: Send over a connection that can less and costs less (extra `lean`); mocks of httpx do not see it.
         max_connections: Open at the same time, per event loop.
         batching: Whether what is asked for while a call is in flight goes out in one call, where the contract has
             batches.
@@ -146,6 +148,7 @@ class HttpCredits:
 
     Raises:
         ValueError: The URL, the token or a number cannot be right; its text never shows the token.
+        ImportError: `lean` without its extra.
         OSError: The certificates that the environment names cannot be read.
     """
 
@@ -161,6 +164,7 @@ class HttpCredits:
         breaker_reset_s: float = 10.0,
         contract: Contract | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
+        lean: bool = False,
         max_connections: int = 100,
         batching: bool = True,
         max_waiting: int = 5000,
@@ -178,6 +182,7 @@ class HttpCredits:
         self._attempt_timeout_s = attempt_timeout_s
         self._contract = contract or Contract()
         self._transport = transport
+        self._wire: Callable[[httpx.URL, ssl.SSLContext], Wire] = _lean_wire() if lean else CoreWire
         # Made once, for with certificates it takes 40 ms; those of SSL_CERT_FILE or SSL_CERT_DIR, where it is set.
         self._tls = httpx.create_ssl_context(verify=self._url.scheme == "https")
         self._max_connections = max_connections
@@ -534,7 +539,9 @@ class HttpCredits:
         )
 
     def _new_wire(self) -> Wire:
-        return CoreWire(self._url, self._tls) if self._transport is None else LentWire(self._url, self._transport)
+        if self._transport is not None:
+            return LentWire(self._url, self._transport)
+        return self._wire(self._url, self._tls)
 
     # What it means, and whether to try again.
 
@@ -547,9 +554,9 @@ class HttpCredits:
                 return _Attempt(NotSent(outcome.reason, wait_s), again=outcome.reason not in _FINAL)
             return _Attempt(Unknown(outcome.reason, wait_s), again=True)
         answer = self._contract.read_deduction(record, outcome)
-        wait_s = retry_after_s(outcome.headers, self._runtime.now())
         if not isinstance(answer, Unknown):
             return _Attempt(answer, again=False)
+        wait_s = retry_after_s(outcome.headers, self._runtime.now())
         answer = Unknown(answer.reason, wait_s or self._breaker.remaining_s() or None, answer.misconfigured)
         voided = outcome.status == 409 and outcome.problem is not None
         again = not answer.misconfigured and outcome.status not in (401, 403) and not voided
@@ -567,6 +574,14 @@ class HttpCredits:
         if isinstance(answer, Unanswered):
             return Unanswered(answer.reason, retry_after_s(reply.headers, self._runtime.now()))
         return answer
+
+
+def _lean_wire() -> Callable[[httpx.URL, ssl.SSLContext], Wire]:
+    try:
+        from metered_billing.credits.lean import LeanWire
+    except ImportError as error:
+        raise ImportError("lean=True needs httptools: pip install 'metered-billing[lean]'") from error
+    return LeanWire
 
 
 def _was_alone(waiting: Waiting) -> bool:

@@ -177,6 +177,24 @@ RECORDS = st.builds(
 )
 
 
+async def test_of_many_written_at_once_the_stale_ones_alone_are_lost(ours: Journal) -> None:
+    """They share commits, and each is told what became of itself; the same with one id that is opened twice."""
+    records = [charge(ours, f"c{number:02}") for number in range(40)]
+    opened = await asyncio.gather(*map(ours.open, [*records, records[7]]), return_exceptions=True)
+    assert [number for number, error in enumerate(opened) if error is not None] == [40]
+    stale = {3, 17, 39}
+    befores = [
+        dataclasses.replace(record, state=State.DEDUCTED) if number in stale else record
+        for number, record in enumerate(records)
+    ]
+    written = [ours.write(before, dataclasses.replace(before, state=State.VOIDING), durable=True) for before in befores]
+    assert await asyncio.gather(*written) == [number not in stale for number in range(40)]
+    found = {record.id: record.state for record in await everything(ours)}
+    assert found == {
+        record.id: State.OPENED if number in stale else State.VOIDING for number, record in enumerate(records)
+    }
+
+
 @settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None, max_examples=20
 )

@@ -181,6 +181,12 @@ async def test_file_of_version_1_is_brought_up_to_date(
         monkeypatch.setattr(journal, "_lay_out", no_room)
     await journal.start()
     assert pages(journal, "user_version") == SCHEMA.version == 3
+    connection = sqlite3.connect(fast / "charges-0.db")
+    assert {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'index'")} == {
+        "charges_closed",
+        "charges_unsettled",
+    }
+    connection.close()
     assert pages(journal, "auto_vacuum") == (0 if fails else 2)
     assert len(await journal.due(NOW, besides=(), limit=10)) == 3
     assert await journal.forget(NOW, keep=0) == 0

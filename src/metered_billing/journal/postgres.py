@@ -18,10 +18,12 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from typing import Any, Final, TypeVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, LiteralString, TypeVar
 
 from metered_billing.charge import Record
-from metered_billing.commits import StorageError
+from metered_billing.commits import StorageError, Waiting
 from metered_billing.journal import JournalError, body_of, record_of
 from metered_billing.journal.lock import call_in_forked_child
 from metered_billing.postgres import Connection, DatabaseError, PostgresDatabase, first_line
@@ -153,7 +155,7 @@ class PostgresJournal:
         call_in_forked_child(self)
 
     def _database(self) -> PostgresDatabase:
-        return PostgresDatabase(
+        return _Database(
             self._url, self._runtime, application_name="metered-billing journal", committed=self._committed
         )
 
@@ -206,20 +208,13 @@ class PostgresJournal:
         place = self._taken()
         charge_id, owner, *columns = _columns(record)
         values = (owner, charge_id, *columns, record.request_id)
-
-        def insert(connection: Connection) -> bool:
-            opened = connection.execute(OPEN, values).rowcount == 1
-            if not opened:  # somebody took us for dead; the next request is to find us in place again
-                place.beat()
-            return opened
-
-        return _opened(record.id, place.name, place.queue(insert))
+        return _opened(record.id, place.name, place.queue(_Row(OPEN, values, missed=place.beat)))
 
     def write(self, before: Record, after: Record, *, durable: bool) -> Awaitable[bool]:
         place = self._taken()
         _, _, state, _, tries, due_at, closed_at, body = _columns(after)
-        values = (state, tries, due_at, closed_at, body, before.id, before.owner, before.state)
-        return place.run(lambda connection: connection.execute(WRITE, values).rowcount == 1, durable=durable)
+        values = (state, tries, due_at, closed_at, body, before.id, before.owner, str(before.state))
+        return place.run(_Row(WRITE, values), durable=durable)
 
     async def adopt(self, now: float) -> int:
         place = self._taken()
@@ -295,6 +290,47 @@ class PostgresJournal:
         if self._place is None:
             raise JournalError("the journal is closed")
         return self._place
+
+
+@dataclass(slots=True)
+class _Row:
+    """A charge that is opened or written: whether it was.
+
+    `missed` is called where a charge was not opened. Somebody took us for dead then, and the next request is to find
+    us in place again.
+    """
+
+    statement: LiteralString
+    values: tuple[object, ...]
+    missed: Callable[[], None] | None = None
+
+    def __call__(self, connection: Connection) -> bool:
+        done = connection.execute(self.statement, self.values).rowcount == 1
+        if not done and self.missed is not None:
+            self.missed()
+        return done
+
+
+class _Database(PostgresDatabase):
+    """What is opened and written at the same time goes in by one round trip each."""
+
+    def _operate(self, connection: Connection, batch: list[Waiting[Connection]]) -> list[Any]:
+        rows = [waiting.operation for waiting in batch if isinstance(waiting.operation, _Row)]
+        if len(batch) == 1 or len(rows) < len(batch):
+            return super()._operate(connection, batch)
+        # What is opened here may be written here too, and never the other way round.
+        for statement in (OPEN, WRITE):
+            values = [row.values for row in rows if row.statement is statement]
+            if values and self._timed(partial(_execute_many, statement, values), connection) != len(values):
+                raise StorageError("not all of them were as they were read: each for itself")
+        return [True] * len(batch)
+
+
+def _execute_many(statement: LiteralString, values: list[tuple[object, ...]], connection: Connection) -> int:
+    """Returns how many rows all of them changed together."""
+    with connection.cursor() as cursor:
+        cursor.executemany(statement, values)
+        return cursor.rowcount
 
 
 class _Place:

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def measure(quick: bool = False) -> list[Row]:
         with contextlib.suppress(OSError):
             os.sched_setaffinity(0, range(os.cpu_count() or 1))  # a server and its client, as on any machine
         with tempfile.TemporaryDirectory(dir=home) as directory:
-            rows = asyncio.run(on_sqlite(Path(directory), rounds, seconds, entries))
+            rows = run(on_sqlite(Path(directory), rounds, seconds, entries))
         try:
             # Durable, as PostgreSQL comes; only larger than the tests' own.
             server = Server("-c", "max_connections=200", "-c", "shared_buffers=256MB", "-c", "max_wal_size=4GB")
@@ -62,11 +62,21 @@ def measure(quick: bool = False) -> list[Row]:
             say(f"no PostgreSQL: {error}")
             return rows
         try:
-            return rows + asyncio.run(on_postgres(server.url, rounds, seconds, entries))
+            return rows + run(on_postgres(server.url, rounds, seconds, entries))
         finally:
             server.remove()
     finally:
         os.sched_setaffinity(0, affinity)
+
+
+def run(measuring: Coroutine[Any, Any, list[Row]]) -> list[Row]:
+    """On the loop that the service runs on."""
+    try:
+        from uvloop import new_event_loop
+    except ImportError:
+        from asyncio import new_event_loop
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(measuring)
 
 
 async def on_sqlite(directory: Path, rounds: int, seconds: float, entries: int) -> list[Row]:
@@ -252,7 +262,7 @@ def _values(balance: int, key: str) -> tuple[Any, ...]:
 
 @contextlib.asynccontextmanager
 async def naive_sqlite(file: Path) -> AsyncIterator[Step]:
-    """One connection in one thread, as aiosqlite has it, and a transaction for each."""
+    """One connection in one thread, and a transaction for each. (aiosqlite goes there and back for every statement.)"""
     connection = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")

@@ -23,7 +23,7 @@ Pair = tuple[str, str]
 _TOMBSTONE = Remembered(Void.kind, None, b"", 200, {}, None)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Work(Generic[C, T]):
     """What is to be done with the rows, as an operation on a connection.
 

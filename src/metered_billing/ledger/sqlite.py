@@ -93,7 +93,8 @@ class SqliteEngine:
         self._prepared = False
         await self._file.close()
         self._opened = False
-        self._release_if_idle()
+        with self._mutex:
+            self._release_if_idle()
 
     async def run(self, work: Callable[[Rows], T], commands: Sequence[Command] = ()) -> T:
         with self._mutex:
@@ -113,13 +114,12 @@ class SqliteEngine:
         finally:
             with self._mutex:
                 self._calls -= 1
-            self._release_if_idle()
+                self._release_if_idle()
 
     def _release_if_idle(self) -> None:
         # A call that came while it was being closed opens it again: then the last call lets go, or nobody.
-        with self._mutex:
-            if self._calls == 0 and not self._opened:
-                self._lock.release()
+        if self._calls == 0 and not self._opened:
+            self._lock.release()
 
 
 def _prepare(connection: sqlite3.Connection) -> None:

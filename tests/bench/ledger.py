@@ -240,41 +240,42 @@ def through(in_process: SqlCredits) -> Step:
     return step
 
 
-# By hand: the key is looked for, the balance is moved where it is enough, the movement is written, and committed.
+# By hand, the same rows into the same tables, a transaction for each: the key is looked for, the balance is moved where
+# it is enough, the movement is written, the key is remembered, and all of it is committed.
 
-_NAIVE = (
-    "CREATE TABLE accounts (tenant_id text, user_id text, balance bigint NOT NULL, PRIMARY KEY (tenant_id, user_id))",
-    "CREATE TABLE entries (id text PRIMARY KEY, tenant_id text NOT NULL, user_id text NOT NULL, amount bigint NOT NULL,"
-    " balance bigint NOT NULL, idempotency_key text NOT NULL UNIQUE, created_at text NOT NULL)",
-    "INSERT INTO accounts VALUES ('acme', 'alice', 1000000000000)",
-)
-_SEEN = "SELECT id, balance FROM entries WHERE idempotency_key = {}"
+_SEEN = "SELECT status FROM keys WHERE tenant_id = {0} AND idempotency_key = {0}"
 _TAKE = (
     "UPDATE accounts SET balance = balance - {0} WHERE tenant_id = {0} AND user_id = {0} AND balance >= {0}"
     " RETURNING balance"
 )
-_WRITE = "INSERT INTO entries VALUES ({0}, {0}, {0}, {0}, {0}, {0}, {0})"
-
-
-def _values(balance: int, key: str) -> tuple[Any, ...]:
-    return (new_uuid7(), "acme", "alice", -10, balance, key, "2026-03-01T09:30:00.000Z")
+_WRITE = (
+    "INSERT INTO entries (id, kind, transaction_id, idempotency_key, tenant_id, user_id, amount, balance, created_at,"
+    " metadata) VALUES ({0}, 'deduction', {0}, {0}, 'acme', 'alice', -10, {0}, '2026-03-01T09:30:00.000Z', {0})"
+)
+_REMEMBER = (
+    "INSERT INTO keys (tenant_id, idempotency_key, kind, user_id, payload_hash, status, entry_id)"
+    " VALUES ('acme', {0}, 'deduction', 'alice', {0}, 201, {0})"
+)
+_METADATA = '{"route":"/create-products"}'
 
 
 @contextlib.asynccontextmanager
 async def naive_sqlite(file: Path) -> AsyncIterator[Step]:
-    """One connection in one thread, and a transaction for each. (aiosqlite goes there and back for every statement.)"""
+    """One connection, in one thread. (aiosqlite would go there and back for every statement.)"""
+    async with opened(str(file)):
+        pass
     connection = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")
-    for statement in _NAIVE:
-        connection.execute(statement)
-    seen, take, write = (statement.format("?") for statement in (_SEEN, _TAKE, _WRITE))
+    seen, take, write, remember = (text.format("?") for text in (_SEEN, _TAKE, _WRITE, _REMEMBER))
 
     def deduct(key: str) -> None:
         connection.execute("BEGIN IMMEDIATE")
-        if connection.execute(seen, (key,)).fetchone() is None:
+        if connection.execute(seen, ("acme", key)).fetchone() is None:
             (balance,) = connection.execute(take, (10, "acme", "alice", 10)).fetchone()
-            connection.execute(write, _values(balance, key))
+            entry = new_uuid7()
+            connection.execute(write, (entry, entry, key, balance, _METADATA))
+            connection.execute(remember, (key, deduction().payload_hash, entry))
         connection.execute("COMMIT")
 
     with ThreadPoolExecutor(1) as thread:
@@ -284,22 +285,25 @@ async def naive_sqlite(file: Path) -> AsyncIterator[Step]:
 
 @contextlib.asynccontextmanager
 async def naive_postgres(url: str) -> AsyncIterator[Step]:
-    """A pool of connections, and a transaction for each."""
-    with psycopg.connect(url) as connection:
-        for statement in _NAIVE:
-            connection.execute(statement.encode())
+    """A pool of connections, statements prepared."""
+    async with opened(url):
+        pass
     pool: asyncio.Queue[psycopg.AsyncConnection[Any]] = asyncio.Queue()
     for _ in range(POOL):
-        pool.put_nowait(await psycopg.AsyncConnection.connect(url, autocommit=True))
-    seen, take, write = (statement.format("%s").encode() for statement in (_SEEN, _TAKE, _WRITE))
+        pool.put_nowait(
+            await psycopg.AsyncConnection.connect(url, autocommit=True, options="-c search_path=metered_billing")
+        )
+    seen, take, write, remember = (text.format("%s").encode() for text in (_SEEN, _TAKE, _WRITE, _REMEMBER))
 
     async def deduct() -> None:
         key = new_uuid7()
         connection = await pool.get()
         async with connection.transaction():
-            if await (await connection.execute(seen, (key,))).fetchone() is None:
+            if await (await connection.execute(seen, ("acme", key))).fetchone() is None:
                 (balance,) = await (await connection.execute(take, (10, "acme", "alice", 10))).fetchone() or (0,)
-                await connection.execute(write, _values(balance, key))
+                entry = new_uuid7()
+                await connection.execute(write, (entry, entry, key, balance, _METADATA))
+                await connection.execute(remember, (key, deduction().payload_hash, entry))
         pool.put_nowait(connection)
 
     yield deduct
@@ -312,7 +316,7 @@ class Pgbench:
 
     SCRIPT = (
         "BEGIN;\n"
-        "UPDATE accounts SET balance = balance - 10 WHERE tenant_id = 'acme' AND user_id = 'alice';\n"
+        "UPDATE accounts SET balance = balance - 10 WHERE id = 1;\n"
         "INSERT INTO moves (amount, at) VALUES (-10, now());\n"
         "COMMIT;\n"
     )
@@ -320,8 +324,9 @@ class Pgbench:
     def __init__(self, url: str) -> None:
         self._url = url
         with psycopg.connect(url) as connection:
-            for statement in (*_NAIVE, "CREATE TABLE moves (id bigserial PRIMARY KEY, amount bigint, at timestamptz)"):
-                connection.execute(statement.encode())
+            connection.execute("CREATE TABLE accounts (id int PRIMARY KEY, balance bigint NOT NULL)")
+            connection.execute("CREATE TABLE moves (id bigserial PRIMARY KEY, amount bigint, at timestamptz)")
+            connection.execute("INSERT INTO accounts VALUES (1, 1000000000000)")
 
     def rate(self, seconds: float) -> float:
         with tempfile.NamedTemporaryFile("w", suffix=".sql") as script:

@@ -13,7 +13,20 @@ from metered_billing.errors import BillingError, BillingMisconfigured, CreditsUn
 from metered_billing.names import SPAN_CHARGE, SPAN_DEDUCT, SPAN_REFUND
 from metered_billing.outcomes import Paid
 from metered_billing.settler import settled
-from tests.fakes import ANN, GRANTED, LOST, NOT_SENT, UNHEARD, UNREAD, Accident, Bank, Fault, World, striking
+from tests.fakes import (
+    ANN,
+    GRANTED,
+    LOST,
+    NOT_SENT,
+    UNHEARD,
+    UNREAD,
+    Accident,
+    Bank,
+    Fault,
+    VirtualLoop,
+    World,
+    striking,
+)
 
 
 @pytest.fixture
@@ -272,6 +285,91 @@ def test_first_conclusion_counts(world: World) -> None:
     )
     assert world.bank.balance == GRANTED - 8
     assert [name for name, _ in world.bank.calls] == ["deduct", "refund"]
+
+
+@pytest.mark.parametrize("strike", ["", "fail", "lose"])
+def test_release_before_the_outcome_is_written_waits_for_it(
+    world: World, strike: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the request is cancelled meanwhile. The refund follows at once, below the charge's span; and where the
+    write fails, or is somebody else's to make, that is said."""
+    caplog.set_level("INFO", logger="metered_billing")
+    world.accident = Accident(strike, "deducted-refunding…") if strike else None
+
+    async def slowly(write: Awaitable[bool]) -> bool:
+        await asyncio.sleep(0.5)
+        return await write
+
+    async def main() -> None:
+        await world.biller.start()
+        charge = await world.biller.deduct(ANN, Paid(10))
+        write = world.journal.write
+        monkeypatch.setattr(world.journal, "write", lambda *args, **options: slowly(write(*args, **options)))
+        world.biller.release(charge, Reported(8, ("a", "b")))
+        await settled()
+
+    world.run(main)
+    (whole,) = world.spans(SPAN_CHARGE)
+    events = [record.getMessage().split()[0] for record in caplog.records if record.name == "metered_billing"]
+    if strike:
+        event, told = {"fail": ("journal.failed", "journal"), "lose": ("charge.ownership_lost", "ownership_lost")}[
+            strike
+        ]
+        assert (events, (whole.attributes or {})["metered_billing.outcome"]) == (["credits.deducted", event], told)
+        return
+    assert events == ["credits.deducted", "credits.refunded"]
+    (refund,) = world.spans(SPAN_REFUND)
+    assert refund.parent == whole.context
+    world.holds()
+
+
+def test_telemetry_that_raises_at_the_end_changes_no_response(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A bug, or a meter's: it is said, and recovery goes by what is on record."""
+    bug = RuntimeError("a bug in a meter")
+
+    def moved(kind: str, amount: int) -> None:
+        if kind == "kept":
+            raise bug
+
+    monkeypatch.setattr(world.telemetry, "moved", moved)
+    outcome(world, conclude(world, Reported(8)), release(world, Reported(8)))
+    (told,) = [record for record in caplog.records if record.getMessage().startswith("billing.bug")]
+    assert told.exc_info is not None
+    assert told.exc_info[1] is bug
+    assert world.bank.balance == GRANTED - 8
+
+
+def test_started_says_whether_it_is(world: World) -> None:
+    """On this loop, until it is drained: each request asks."""
+
+    async def main() -> list[bool]:
+        told = [world.biller.started]
+        await world.biller.start()
+        told.append(world.biller.started)
+        await world.biller.drain(1.0)
+        return [*told, world.biller.started]
+
+    assert world.run(main) == [False, True, False]
+
+
+def test_deduction_that_is_collected_with_its_loop_is_left_to_the_journal(world: World) -> None:
+    """Nothing runs any more that could see to it."""
+    world.accident = Accident("close", "deduct…")
+    loop = VirtualLoop(world)
+
+    async def begin() -> Any:
+        await world.biller.start()
+        world.request = asyncio.create_task(world.biller.deduct(ANN, Paid(10)))
+        await world.struck.wait()
+        return world.request.get_coro()
+
+    deduction = loop.run_until_complete(begin())
+    loop.close()
+    assert world.live
+    deduction.close()
+    assert not world.live
 
 
 def test_release_without_a_conclusion_puts_its_own_on_record(world: World) -> None:

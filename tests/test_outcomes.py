@@ -383,6 +383,14 @@ def test_count_booleans_for_a_number(flags: list[bool], outcome: Outcome) -> Non
     assert count(THREE, InOrder(flags), Said(THREE)) == outcome
 
 
+def test_count_by_id_for_a_number_that_is_not_the_number_paid_for() -> None:
+    """All of it succeeded, and yet it is not all that was paid for, or more than that."""
+    assert count(THREE, ById([(None, True)] * 3), said(THREE)) == Outcome(3)
+    assert count(THREE, ById([(None, True)] * 2), said(THREE)) == Outcome(2, (), "3 paid for, 2 reported")
+    assert count(THREE, ById([(None, True)] * 4), said(THREE)) == Outcome(3, (), "3 paid for, 4 reported")
+    assert count(THREE, ById([(None, True)] * 3), said(THREE, units=1)) == Outcome(2)
+
+
 def test_count_names_the_failed_for_a_number() -> None:
     """Failed entries are named in the refund, but only those that were paid for."""
     report = ById([("x", False), (None, False), ("y", True), ("z", False)])
@@ -1433,6 +1441,8 @@ STEPS = [".results", "['id']", ".x", ".*", "[*]", "[0]", "..*", "['items', 'x']"
 @given(value=VALUES, steps=st.lists(st.sampled_from(STEPS), max_size=4))
 @example(value={"x": [{"id": 1}, [2], {"id": {"id": 3}}]}, steps=[".x", "[*]", "['id']"])
 @example(value=[{"x": 1, "id": 2}, [3, 4], 5], steps=["[*]", ".*"])
+@example(value={"items": 1, "x": 2}, steps=["['items', 'x']"])
+@example(value={"items": 1, "x": {"x": 2}}, steps=["..*"])
 def test_path_of_names_and_wildcards_selects_what_the_library_selects(value: object, steps: list[str]) -> None:
     """Most paths are walked without the library: the same values in the same order, of any JSON there is."""
     text = "$" + "".join(steps)

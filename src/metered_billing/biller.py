@@ -328,11 +328,7 @@ class Biller:
         # to look at; here it only has to be over.
         over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-        def wake(_: object) -> None:
-            _seen(written)
-            _give_up(over)
-
-        written.add_done_callback(wake)
+        written.add_done_callback(lambda _: _give_up(over))
         self._watch(over, _give_up)
         await over
         if not written.done():
@@ -422,7 +418,7 @@ class Biller:
                 names.OUTCOME: outcome,
                 names.KEPT: record.kept_credits,
                 names.REFUNDED: record.refund_credits,
-                names.TRANSACTION_ID: record.transaction_id or "",
+                names.TRANSACTION_ID: record.transaction_id,
             }
             if record.reason is not None:
                 attributes[names.REASON] = record.reason

@@ -186,10 +186,10 @@ class Settler:
     def spawn(self, charge_id: str, work: Coroutine[Any, Any, object]) -> None:
         """Run `work` in a task of our own, which nobody's cancellation reaches but the drain's."""
 
-        def over(task: "asyncio.Task[None] | None" = None) -> None:
+        def over(task: Any = None) -> None:
             work.close()  # it may have been cancelled before it began
             self._live.pop(charge_id, None)
-            if here is not None and task is not None:
+            if here is not None:
                 here.tasks.discard(task)
 
         try:

@@ -40,7 +40,9 @@ ROOT = Path(__file__).parent.parent.parent
 SOURCE = ROOT / "src" / "metered_billing"
 SURVIVORS = Path(__file__).with_name("survivors.toml")
 
-CONCLUDING = frozenset(f"Biller.{name}" for name in ("conclude", "release", "_begin_outcome", "_settle", "_end"))
+CONCLUDING = frozenset(
+    f"Biller.{name}" for name in ("conclude", "release", "_begin_outcome", "_settle", "_told", "_tell", "_end")
+)
 SUBJECTS: dict[str, frozenset[str] | None] = {
     "charge.py": None,
     **{str(file.relative_to(SOURCE)): None for file in sorted((SOURCE / "outcomes").glob("*.py"))},

@@ -61,15 +61,17 @@ EPOCH = 1_700_000_000.0
 
 
 class Inline:
-    """An executor that does everything at once, in the caller's thread."""
+    """An executor that does everything at once, in the caller's thread; `then` runs after each thing."""
 
-    def __init__(self) -> None:
+    def __init__(self, then: Callable[[], None] = lambda: None) -> None:
         self.open = True
+        self._then = then
 
     def submit(self, fn: Callable[[], Any], /) -> None:
         if not self.open:
             raise RuntimeError("cannot schedule new futures after shutdown")
         fn()
+        self._then()
 
     def shutdown(self, wait: bool = True) -> None:
         self.open = False
@@ -267,6 +269,13 @@ class Shaky:
         self.world = world
         self.inner = inner
         self.outcomes: dict[str, Record] = {}
+        self.queued: list[Record] = []
+
+    def committed(self) -> None:
+        """Remember which of the outcomes that were queued are on record now."""
+        for after in [after for after in self.queued if self.world.on_record(after.id) == after.state]:
+            self.queued.remove(after)
+            self.outcomes.setdefault(after.id, after)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -285,8 +294,9 @@ class Shaky:
     def write(self, before: Record, after: Record, *, durable: bool) -> Awaitable[bool]:
         def begin() -> Awaitable[bool]:
             written = self.inner.write(before, after, durable=durable)
-            if before.state is State.DEDUCTED and self.world.on_record(after.id) == after.state:
-                self.outcomes.setdefault(after.id, after)
+            if before.state is State.DEDUCTED:
+                self.queued.append(after)
+                self.committed()
             return written
 
         return self._pass(f"{before.state}-{after.state}", begin)
@@ -363,7 +373,7 @@ class World:
             monotonic=lambda: self.time,
             random=self.random,
             new_id=self._new_id,
-            executor=Inline,
+            executor=lambda: Inline(lambda: self.journal.committed()),
         )
         self.inner = SqliteJournal(self.directory / "journal", runtime=self.runtime, telemetry=self.telemetry)
         self.journal = Shaky(self, self.inner)

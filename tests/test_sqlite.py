@@ -347,13 +347,104 @@ def test_loops_in_sequence_and_at_once_share_a_file(file: SqliteFile) -> None:
 
 
 async def test_injected_executor_runs_everything_in_the_callers_thread(tmp_path: Path) -> None:
-    """A simulation has no threads: the write is done when `run` returns, and told when the loop goes on."""
+    """A simulation has no threads: the write is done a turn of the loop later, and told in the next."""
     file = SqliteFile(tmp_path / "notes.db", SCHEMA, Inline())
     seen: list[threading.Thread] = []
     future = file.run(lambda _: seen.append(threading.current_thread()))
+    assert seen == []
+    await asyncio.sleep(0)
     assert seen == [threading.current_thread()]
     assert not future.done()
     await future
+    await file.close()
+
+
+async def test_commit_waits_for_who_comes_turn_after_turn(tmp_path: Path) -> None:
+    """As long as each turn of the loop brings some, up to a bound; so a crowd is one commit."""
+    file = SqliteFile(tmp_path / "notes.db", SCHEMA, Inline())
+    crowd = []
+    for number in range(module.TURNS + 1):
+        assert file.commits == 0
+        crowd += [file.run(note(10 * number)), file.run(note(10 * number + 1))]
+        await asyncio.sleep(0)
+    crowd.append(file.run(note(99)))
+    await asyncio.gather(*crowd)
+    assert file.commits == 2
+    await file.close()
+
+
+def test_nobody_waits_for_another_loop(tmp_path: Path) -> None:
+    """What a loop has queued before it was closed is committed with what the next one queues, and so is a thread's."""
+    file = SqliteFile(tmp_path / "notes.db", SCHEMA, one_thread())
+    gone = asyncio.new_event_loop()
+
+    async def leave() -> None:
+        file.run(note(1)).add_done_callback(lambda done: done.cancelled())
+
+    gone.run_until_complete(leave())
+    gone.close()
+
+    async def come() -> list[int]:
+        async with asyncio.timeout(5):
+            return await file.run(notes)
+
+    assert asyncio.run(come()) == [1]
+
+    async def leave_again() -> None:
+        file.run(note(2))
+
+    gone = asyncio.new_event_loop()
+    gone.run_until_complete(leave_again())
+    file.post(note(3))
+    gone.close()
+    assert asyncio.run(come()) == [1, 2, 3]
+
+    async def close() -> None:
+        await file.close()
+
+    asyncio.run(close())
+
+
+def test_closing_commits_what_a_closed_loop_has_left(tmp_path: Path) -> None:
+    """Nothing that was queued is lost."""
+    file = SqliteFile(tmp_path / "notes.db", SCHEMA, one_thread())
+
+    async def leave() -> None:
+        file.run(note(1))
+
+    gone = asyncio.new_event_loop()
+    gone.run_until_complete(leave())
+    gone.close()
+
+    async def close() -> list[int]:
+        await file.close()
+        found = await file.run(notes)
+        await file.close()
+        return found
+
+    assert asyncio.run(close()) == [1]
+
+
+async def test_loop_that_closes_while_its_commit_is_under_way(tmp_path: Path) -> None:
+    """What it has queued meanwhile is committed all the same."""
+    file = SqliteFile(tmp_path / "notes.db", SCHEMA, one_thread())
+    entered, go_on = threading.Event(), threading.Event()
+
+    def hold(connection: sqlite3.Connection) -> None:
+        entered.set()
+        go_on.wait(5)
+
+    async def leave() -> None:
+        file.run(hold)
+        await asyncio.to_thread(entered.wait, 5)
+        file.run(note(1))
+
+    gone = asyncio.new_event_loop()
+    await asyncio.to_thread(gone.run_until_complete, leave())
+    gone.close()
+    go_on.set()
+    async with asyncio.timeout(5):
+        assert await file.run(notes) == [1]
     await file.close()
 
 

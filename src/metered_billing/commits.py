@@ -2,7 +2,9 @@
 
 Operations are functions of the connection. Those that arrive while a commit is under way share the next
 one: a sync to disk, or a round trip to a server, is nearly all the cost, whether for one operation or for
-sixty. A thread of our own, because two coroutines on one connection get into each other's transactions.
+sixty. A commit begins when a turn of the event loop has brought nothing new: whom one commit has woken ask for
+the next in the same turn or two, and handing each of them to the thread alone costs more than all they do.
+A thread of our own, because two coroutines on one connection get into each other's transactions.
 What a transaction is, `sqlite` and `postgres` say.
 """
 
@@ -22,6 +24,9 @@ T = TypeVar("T")
 
 Committed = Callable[[int, float], None]
 """Is told of a commit that was synced to disk: how many operations it carried, and how many seconds it took."""
+
+TURNS = 2
+"""Turns of the event loop that a commit waits for more, as long as each brings some; alone, none."""
 
 MAX_WAITING = 10_000
 """Operations that may wait for the thread; beyond it, a caller is refused rather than queued without end."""
@@ -76,7 +81,10 @@ class GroupCommit(Generic[C]):
         self._clock = clock
         self._lock = threading.Lock()
         self._waiting: list[Waiting[C]] = []
-        self._scheduled = False
+        # Whether the thread has been asked to see to what waits; or the loop that gathers some more before.
+        self._working = False
+        self._gathering: asyncio.AbstractEventLoop | None = None
+        self._behind = 0  # jobs that come after all that waits
         self.commits = 0
 
     def run(self, operation: Callable[[C], T], *, durable: bool = True) -> asyncio.Future[T]:
@@ -111,13 +119,38 @@ class GroupCommit(Generic[C]):
             if len(self._waiting) >= MAX_WAITING:
                 raise StorageError(f"{self._name}: {MAX_WAITING} operations are waiting already")
             self._waiting.append(waiting)
-            schedule = not self._scheduled
-            self._scheduled = True
-        if schedule:
-            try:
-                self._executor.submit(self._drain)
-            except RuntimeError as error:  # the executor, or the whole interpreter, is shutting down
-                self._refuse(StorageError(f"{self._name}: {error}"))
+            loop, gathering = waiting.loop, self._gathering
+            if self._working or (gathering is not None and gathering is loop):
+                return
+            # One loop does not wait for another, which may be blocked, or closed.
+            self._gathering = loop if gathering is None else None
+            self._working = self._gathering is None
+        if loop is not None and not self._working:
+            loop.call_soon(self._gather, loop, 1, 0)
+        else:
+            self._submit()
+
+    def _gather(self, loop: asyncio.AbstractEventLoop, before: int, turns: int) -> None:
+        """Wait for one more turn of the loop, if the last one has brought more; else let the thread work."""
+        waiting = len(self._waiting)
+        if waiting > before and turns < TURNS and self._gathering is loop:
+            loop.call_soon(self._gather, loop, waiting, turns + 1)
+        else:
+            self._work_now(loop)
+
+    def _work_now(self, gathering: asyncio.AbstractEventLoop | None = None) -> None:
+        """Let the thread begin, if it is still being gathered (by that loop, or whichever)."""
+        with self._lock:
+            if self._gathering is None or gathering not in (None, self._gathering):
+                return
+            self._gathering, self._working = None, True
+        self._submit()
+
+    def _submit(self) -> None:
+        try:
+            self._executor.submit(self._work)
+        except RuntimeError as error:  # the executor, or the whole interpreter, is shutting down
+            self._refuse(StorageError(f"{self._name}: {error}"))
 
     def close(
         self, *, first: Callable[[], None] | None = None, then: Callable[[], None] | None = None
@@ -144,10 +177,34 @@ class GroupCommit(Generic[C]):
                 tell(loop, [(closed, None, None)])
 
         try:
-            self._executor.submit(close)
+            self._submit_behind(close)
         except RuntimeError:  # no thread any more, so nothing is under way in it either
             close()
         return closed
+
+    def _submit_behind(self, job: Callable[[], None]) -> None:
+        """Run `job` in the thread, outside any transaction, when all that waits now has been committed.
+
+        Raises:
+            RuntimeError: There is no thread any more.
+        """
+
+        def run() -> None:
+            try:
+                job()
+            finally:
+                with self._lock:
+                    self._behind -= 1
+
+        with self._lock:
+            self._behind += 1
+        try:
+            self._work_now()
+            self._executor.submit(run)
+        except RuntimeError:
+            with self._lock:
+                self._behind -= 1
+            raise
 
     def _fail(self, future: asyncio.Future[Any], error: BaseException) -> None:
         """Tell whoever waits that it failed; on their loop."""
@@ -168,18 +225,32 @@ class GroupCommit(Generic[C]):
         """Close the connection, if there is one."""
         raise NotImplementedError  # an engine's
 
-    def _drain(self) -> None:
+    def _work(self) -> None:
         while True:
             with self._lock:
                 batch, self._waiting = self._waiting, []
                 if not batch:
-                    self._scheduled = False
+                    self._working = False
                     return
             self._answer(batch, self._commit(batch))
+            with self._lock:
+                loop = self._waiting[0].loop if self._waiting else None
+                if loop is None or self._behind:
+                    continue
+                self._gathering, self._working = loop, False
+            try:
+                # Behind the answers: whoever is woken by them may want to come along.
+                loop.call_soon_threadsafe(self._gather, loop, 0, 0)
+                return
+            except RuntimeError:  # it is closed: nobody gathers
+                with self._lock:
+                    if self._gathering is not loop:
+                        return
+                    self._gathering, self._working = None, True
 
     def _refuse(self, error: StorageError) -> None:
         with self._lock:
-            batch, self._waiting, self._scheduled = self._waiting, [], False
+            batch, self._waiting, self._working = self._waiting, [], False
         self._answer(batch, [(None, error)] * len(batch))
 
     def _answer(self, batch: list[Waiting[C]], outcomes: list[Outcome]) -> None:

@@ -86,7 +86,7 @@ class SqliteFile(GroupCommit[sqlite3.Connection]):
                 tell(loop, [(done, result, None)])
 
         try:
-            self._executor.submit(run)
+            self._submit_behind(run)
         except RuntimeError as error:
             raise StorageError(f"{self.path.name}: {error}") from error
         return done

@@ -162,7 +162,6 @@ class CoreWire:
         )
         try:
             headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
-            assert isinstance(response.stream, AsyncIterable)
             return Received(response.status, headers, await _read(headers, response.stream))
         finally:
             await response.aclose()
@@ -191,7 +190,6 @@ class LentWire:
             )
         )
         try:
-            assert isinstance(response.stream, AsyncIterable)
             return Received(response.status_code, response.headers, await _read(response.headers, response.stream))
         finally:
             await response.aclose()
@@ -214,8 +212,10 @@ def check_encoding(headers: Mapping[str, str]) -> None:
         raise _Compressed
 
 
-async def _read(headers: Mapping[str, str], stream: AsyncIterable[bytes]) -> bytes:
+async def _read(headers: Mapping[str, str], stream: object) -> bytes:
     check_encoding(headers)
+    if not isinstance(stream, AsyncIterable):
+        raise TypeError("the transport is not asynchronous")
     content = bytearray()
     async for chunk in stream:
         content += chunk

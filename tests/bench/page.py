@@ -16,7 +16,7 @@ BEGIN = "<!-- measured by tests/bench: begin -->\n"
 END = "<!-- measured by tests/bench: end -->\n"
 
 GROUPS = (
-    ("tracing off", "bare", ("plain", "base", "ours-journal", "lean-journal", "ours-unmetered")),
+    ("tracing off", "bare", ("plain", "base", "ours-journal", "frozen-journal", "lean-journal", "ours-unmetered")),
     ("tracing on, in the bare route too", "bare-traced", ("hand-httpx", "hand-aiohttp", "ours-spans", "lean-spans")),
 )
 SERIES = (
@@ -115,7 +115,7 @@ def pictures(results: Results) -> dict[str, str]:
             if share is not None:
                 kind = (
                     "ours"
-                    if name.startswith(("ours", "lean"))
+                    if name.startswith(("ours", "lean", "frozen"))
                     else "hand"
                     if "hand" in BY_NAME[name].title
                     else "other"

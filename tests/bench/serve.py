@@ -35,6 +35,9 @@ def main(kind: str, what: str, port: int, core: int) -> None:
         app = facilitator()
     else:
         app = apps.create_app(BY_NAME[what], _set_up(BY_NAME[what]))
+        if BY_NAME[what].frozen:
+            gc.collect()
+            gc.freeze()
     config = uvicorn.Config(
         app, port=port, loop="uvloop", http="httptools", access_log=False, log_level="warning", server_header=False
     )

@@ -16,6 +16,7 @@ class Variant:
         metrics: Whether there is an SDK's meter provider.
         journal: "disk" or "memory" (a tmpfs); what else is said of ours stands in `app`.
         lean: On the lean transport.
+        frozen: With `gc.freeze()` at the start: the garbage collector looks at no object of the app's own again.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Variant:
     metrics: bool = False
     journal: str = ""
     lean: bool = False
+    frozen: bool = False
 
 
 VARIANTS = (
@@ -56,6 +58,9 @@ VARIANTS = (
         logs="structlog",
         metrics=True,
         journal="disk",
+    ),
+    Variant(
+        "frozen-journal", "ours, with gc.freeze(): journal, log", "ours", logs="logging", journal="disk", frozen=True
     ),
     Variant("lean-journal", "ours, lean transport: journal, log", "ours", logs="logging", journal="disk", lean=True),
     Variant(

@@ -206,11 +206,13 @@ SERVICE = [
         stacked=True,
     ),
     Panel(
-        "Token, configuration",
-        "How often the service refused the token, or the app's own billing functions were wrong.",
+        "Token, configuration, crowds",
+        "How often the service refused the token, the app's own billing functions were wrong, or too many were waiting"
+        " for the service.",
         {
             "{{metered_billing_event}}": "sum by (metered_billing_event) "
-            f"(increase({_m('anomalies_total', event='credits.token_rejected|billing.misconfigured')}[{_EVERY}]))"
+            f"(increase({_m('anomalies_total', event='credits.token_rejected|billing.misconfigured')}[{_EVERY}]))",
+            "crowded out": f"sum (increase({_m('crowded_out_total')}[{_EVERY}]))",
         },
         stacked=True,
     ),
@@ -227,8 +229,11 @@ SERVICE = [
     ),
     Panel(
         "Size of batches",
-        "Operations that come to the credits service in one batch, on average.",
-        {"operations": f"{_rate('ledger_batch_size_sum', '')} / {_rate('ledger_batch_size_count', '')}"},
+        "Operations that come to the credits service in one batch, and that one call of an app carries, on average.",
+        {
+            "in a batch": f"{_rate('ledger_batch_size_sum', '')} / {_rate('ledger_batch_size_count', '')}",
+            "in a call": f"{_rate('batch_size_sum', '')} / {_rate('batch_size_count', '')}",
+        },
     ),
     Panel(
         "Ledger operations",

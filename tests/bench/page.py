@@ -54,7 +54,7 @@ def all_rows(record: Record) -> list[Row]:
 
 def measured(record: Record) -> str:
     """What stands between the marks."""
-    parts = ["### Against the goals\n", goals(all_rows(record))]
+    parts = []
     if record.runs:
         parts += [
             "### One request, ten items\n",

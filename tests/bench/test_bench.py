@@ -146,7 +146,8 @@ def test_measured_part_tells_every_level_goal_and_row() -> None:
     assert "| ours: journal, log | off | 4,000 | 0.80 |" in text
     assert "python -m tests.bench --only apps --concurrency 64" in text
     assert "| import metered_billing | 310 | ms |" in text
-    assert "| 3 off | 64 concurrent, tracing off in both: share of the bare route | 0.6 | 0.78 | 0.8 | aim |" in text
+    told = page.goals(page.all_rows(record))
+    assert "| 3 off | 64 concurrent, tracing off in both: share of the bare route | 0.6 | 0.78 | 0.8 | aim |" in told
     pictures = page.pictures(record.results)
     assert set(pictures) == {"bench-share.svg", "bench-concurrency.svg"}
     for picture in pictures.values():

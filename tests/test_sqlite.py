@@ -1,6 +1,7 @@
 """One SQLite file: group commit, order, rollbacks, and what becomes of those who wait."""
 
 import asyncio
+import contextlib
 import gc
 import resource
 import sqlite3
@@ -446,6 +447,75 @@ async def test_loop_that_closes_while_its_commit_is_under_way(tmp_path: Path) ->
     async with asyncio.timeout(5):
         assert await file.run(notes) == [1]
     await file.close()
+
+
+def test_closing_comes_after_what_another_loop_lets_begin(tmp_path: Path) -> None:
+    """What was queued before is committed before the file is let go of, whichever of the threads is faster."""
+    begins, closes = threading.Event(), threading.Event()
+    thread = one_thread()
+
+    class Overtaken:
+        """The first to ask for the thread is overtaken by whoever closes."""
+
+        def submit(self, job: Callable[[], Any], /) -> Any:
+            if not begins.is_set():
+                begins.set()
+                closes.wait(5)
+            return thread.submit(job)
+
+        def shutdown(self, wait: bool = True) -> None:
+            thread.shutdown(wait=wait)
+
+    file = SqliteFile(tmp_path / "notes.db", SCHEMA, Overtaken())
+    found: list[list[int]] = []
+
+    async def write() -> None:
+        await file.run(note(1))
+
+    def let_go() -> None:
+        with contextlib.closing(sqlite3.connect(file.path)) as other:
+            other.execute(SCHEMA)
+            found.append(notes(other))
+
+    async def close() -> None:
+        await file.close(then=let_go)
+
+    writer = threading.Thread(target=asyncio.run, args=(write(),))
+    writer.start()
+    begins.wait(5)
+    asyncio.run(close())
+    closes.set()
+    writer.join()
+    assert found == [[1]]
+    thread.shutdown()
+
+
+async def test_loop_that_stands_still_holds_up_nobody_behind_it(tmp_path: Path, executor: Any) -> None:
+    """What another loop has queued behind its operation is committed, though that loop does nothing any more."""
+    file = SqliteFile(tmp_path / "notes.db", SCHEMA, executor)
+    entered, go_on = threading.Event(), threading.Event()
+
+    def hold(connection: sqlite3.Connection) -> None:
+        entered.set()
+        go_on.wait(5)
+
+    held = file.run(hold)
+    await asyncio.to_thread(entered.wait, 5)
+
+    async def leave() -> None:
+        file.run(note(1))
+
+    still = asyncio.new_event_loop()
+    await asyncio.to_thread(still.run_until_complete, leave())
+    mine = file.run(notes)
+    go_on.set()
+    try:
+        async with asyncio.timeout(2):
+            await held
+            assert await mine == [1]
+    finally:
+        still.close()
+        await file.close()
 
 
 async def test_file_that_is_let_go_of_is_closed(tmp_path: Path) -> None:

@@ -84,7 +84,6 @@ class GroupCommit(Generic[C]):
         # Whether the thread has been asked to see to what waits; or the loop that gathers some more before.
         self._working = False
         self._gathering: asyncio.AbstractEventLoop | None = None
-        self._behind = 0  # jobs that come after all that waits
         self.commits = 0
 
     def run(self, operation: Callable[[C], T], *, durable: bool = True) -> asyncio.Future[T]:
@@ -138,10 +137,10 @@ class GroupCommit(Generic[C]):
         else:
             self._work_now(loop)
 
-    def _work_now(self, gathering: asyncio.AbstractEventLoop | None = None) -> None:
-        """Let the thread begin, if it is still being gathered (by that loop, or whichever)."""
+    def _work_now(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Let the thread begin, if it is still that loop which gathers."""
         with self._lock:
-            if self._gathering is None or gathering not in (None, self._gathering):
+            if self._gathering is not loop:
                 return
             self._gathering, self._working = None, True
         self._submit()
@@ -190,21 +189,11 @@ class GroupCommit(Generic[C]):
         """
 
         def run() -> None:
-            try:
-                job()
-            finally:
-                with self._lock:
-                    self._behind -= 1
+            # A loop may gather it still, or be just about to let the thread begin.
+            self._commit_waiting()
+            job()
 
-        with self._lock:
-            self._behind += 1
-        try:
-            self._work_now()
-            self._executor.submit(run)
-        except RuntimeError:
-            with self._lock:
-                self._behind -= 1
-            raise
+        self._executor.submit(run)
 
     def _fail(self, future: asyncio.Future[Any], error: BaseException) -> None:
         """Tell whoever waits that it failed; on their loop."""
@@ -227,26 +216,30 @@ class GroupCommit(Generic[C]):
 
     def _work(self) -> None:
         while True:
+            self._commit_waiting()
             with self._lock:
-                batch, self._waiting = self._waiting, []
-                if not batch:
-                    self._working = False
+                loops = {waiting.loop for waiting in self._waiting}
+                loop = loops.pop() if len(loops) == 1 else None
+                self._gathering, self._working = loop, loop is None and bool(self._waiting)
+                if not self._waiting:
                     return
-            self._answer(batch, self._commit(batch))
-            with self._lock:
-                loop = self._waiting[0].loop if self._waiting else None
-                if loop is None or self._behind:
-                    continue
-                self._gathering, self._working = loop, False
             try:
-                # Behind the answers: whoever is woken by them may want to come along.
-                loop.call_soon_threadsafe(self._gather, loop, 0, 0)
+                if loop is None:  # they do not wait for each other, but for what else the thread has to do
+                    self._executor.submit(self._work)
+                else:  # behind the answers: whoever is woken by them may want to come along
+                    loop.call_soon_threadsafe(self._gather, loop, 0, 0)
                 return
-            except RuntimeError:  # it is closed: nobody gathers
+            except RuntimeError:  # it is closed, or the executor is shutting down: nobody else sees to them
                 with self._lock:
                     if self._gathering is not loop:
                         return
                     self._gathering, self._working = None, True
+
+    def _commit_waiting(self) -> None:
+        with self._lock:
+            batch, self._waiting = self._waiting, []
+        if batch:
+            self._answer(batch, self._commit(batch))
 
     def _refuse(self, error: StorageError) -> None:
         with self._lock:

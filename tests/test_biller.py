@@ -372,6 +372,13 @@ def test_deduction_that_is_collected_with_its_loop_is_left_to_the_journal(world:
     assert not world.live
 
 
+def test_loops_that_are_over_are_not_kept(world: World) -> None:
+    """Under a test client without a lifespan, each request has one of its own."""
+    for _ in range(3):
+        outcome(world, conclude(world, Reported(10)), release(world, Reported(10)))
+    assert len(world.biller._deadlines) == 1
+
+
 def test_release_without_a_conclusion_puts_its_own_on_record(world: World) -> None:
     """A response that never was complete."""
     outcome(world, release(world, Reported(3)))

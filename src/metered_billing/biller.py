@@ -294,6 +294,8 @@ class Biller:
         loop = asyncio.get_running_loop()
         deadlines = self._deadlines.get(loop)
         if deadlines is None:
+            for gone in [other for other in list(self._deadlines) if other.is_closed()]:
+                self._deadlines.pop(gone, None)  # what is in it holds on to its loop
             deadlines = self._deadlines[loop] = Deadlines(loop)
         deadlines.watch(future, JOURNAL_WITHIN_S, late)
 

@@ -174,6 +174,16 @@ async def test_room(calls: Calls) -> None:
     assert line.has_room(ACME)
 
 
+async def test_room_for_one(calls: Calls) -> None:
+    """Where only one may wait, one may."""
+    line = line_of(calls, waiting=1)
+    assert line.has_room(ACME)
+    line.join("a", ACME, 1, 60)
+    assert not line.has_room(ACME)
+    assert not line.has_room(BETA)
+    await line.aclose()
+
+
 async def test_waits_no_longer_than_it_can(calls: Calls) -> None:
     """Each that has waited too long hears so, in time, and is not sent; the others wait on."""
     line = line_of(calls)

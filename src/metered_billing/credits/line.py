@@ -93,11 +93,12 @@ class Line:
 
     def has_room(self, account: Account) -> bool:
         """Whether one more may join. When it gets crowded, no account may take more than half of the room."""
-        if len(self._queue) < self._most // 2:
+        half = max(self._most // 2, 1)
+        if len(self._queue) < half:
             return True
         if len(self._queue) >= self._most:
             return False
-        return self._held[account] < self._most // 2
+        return self._held[account] < half
 
     def join(self, asked: Any, account: Account, weight: int, patience_s: float) -> Waiting:
         """Stand in line; then await `told`. Cancelled before it is sent, it never is."""

@@ -384,6 +384,33 @@ class TestBreakingOff:
                 await asyncio.sleep(0.02)
             assert server.connections == 3
 
+    @pytest.mark.parametrize("more", [YES, YES[:-5], b"HTTP/1.1 500 No\r\nx-", b"?"])
+    async def test_connection_that_says_more_than_was_asked(self, more: bytes) -> None:
+        """What follows an answer is no part of the next one's: the connection is not used again."""
+        if not LEAN.get():
+            pytest.skip("httpx's engine keeps it for the next answer")
+
+        async def say_more(request: Request) -> None:
+            await request.send(YES + more)
+
+        async with connected(say_more, attempts=1) as (credits_, server):
+            for number in range(3):
+                assert await credits_.deduct(record(number)) == DEDUCTED
+            assert server.connections == 3
+
+    async def test_lean_connects_to_the_name_that_it_asks_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Python's own encoding makes another domain of some names: the token would go there."""
+        connected_to: list[str] = []
+
+        async def create_connection(protocol: object, host: str, port: int, **options: object) -> None:
+            connected_to.append(host)
+            raise OSError
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "create_connection", create_connection)
+        credits_ = HttpCredits("http://stra\u00dfe.example", attempts=1, lean=True)
+        assert isinstance(await credits_.deduct(record()), NotSent)
+        assert connected_to == ["xn--strae-oqa.example"]
+
     async def test_connections_are_kept(self) -> None:
         """One after the other, all go over one connection."""
         async with connected(say_yes) as (credits_, server):

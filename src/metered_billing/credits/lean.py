@@ -25,6 +25,7 @@ class LeanWire:
 
     def __init__(self, url: httpx.URL, tls: ssl.SSLContext) -> None:
         self._url = url
+        self._host = url.raw_host.decode("ascii")  # as it is signed for: Python would encode some names otherwise
         self._tls = tls if url.scheme == "https" else None
         self._port = url.port or (443 if self._tls else 80)
         self._connection: _Connection | None = None
@@ -49,7 +50,7 @@ class LeanWire:
         try:
             async with asyncio.timeout(within_s):
                 _, connection = await loop.create_connection(
-                    lambda: _Connection(loop), self._url.host, self._port, ssl=self._tls
+                    lambda: _Connection(loop), self._host, self._port, ssl=self._tls
                 )
         except TimeoutError as error:
             raise httpx.ConnectTimeout("no connection in time") from error
@@ -123,6 +124,10 @@ class _Connection(asyncio.Protocol):
             self._fail("the connection was closed")
 
     # What the parser calls.
+
+    def on_message_begin(self) -> None:
+        if self._answer is None or self._answer.done():
+            self.close()  # nobody has asked for a second answer; some of it may be lost already
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")

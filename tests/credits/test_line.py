@@ -73,6 +73,18 @@ async def test_all_of_one_turn_go_together(calls: Calls) -> None:
     assert await asyncio.gather(*told) == ["a!", "b!", "c!"]
 
 
+async def test_task_factory_of_the_apps(calls: Calls) -> None:
+    """One that was written before tasks could be given a context does."""
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(lambda loop, work: asyncio.Task(work, loop=loop))
+    line = line_of(calls)
+    told = [line.join(name, ACME, 1, 60).told for name in "ab"]
+    await turns()
+    assert calls.sent == [["a", "b"]]
+    calls.under_way[0].set()
+    assert [await each for each in told] == ["a!", "b!"]
+
+
 async def test_together_when_one_comes_back(calls: Calls) -> None:
     """What is asked for while a call is in flight waits, and goes together."""
     line = line_of(calls)

@@ -137,7 +137,7 @@ class Line:
             if len(group) == 1:
                 group[0].tell(ALONE)
                 continue
-            task = self._loop.create_task(self._go(group), context=self._context.copy())
+            task = self._context.copy().run(self._loop.create_task, self._go(group))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             task.add_done_callback(lambda task, group=group: self._over(task, group))  # type: ignore[misc]

@@ -243,3 +243,20 @@ async def test_closing(calls: Calls) -> None:
     assert await asyncio.gather(*sent) == ["lost"] * 2
     await turns()
     assert calls.sent == [["a", "b"]]
+
+
+def test_leaving_with_a_loop_that_is_closed(calls: Calls) -> None:
+    """A request that is collected with its loop lets nobody go: those behind it are gone, too."""
+    loop = asyncio.new_event_loop()
+
+    async def begin() -> tuple[Line, Waiting]:
+        line = line_of(calls)
+        await busy(line)
+        behind = line.join("a", ACME, 1, 60)
+        behind.told.add_done_callback(lambda told: None)
+        return line, behind
+
+    line, behind = loop.run_until_complete(begin())
+    loop.close()
+    line.leave()
+    assert not behind.told.done()

@@ -116,7 +116,8 @@ class Line:
     def leave(self) -> None:
         """Whoever was told `ALONE` is done."""
         self._in_flight -= 1
-        self._next()
+        if not self._loop.is_closed():
+            self._next()
 
     async def aclose(self) -> None:
         """Send nothing more, and break off what is in flight."""

@@ -190,21 +190,6 @@ def answers_of_a_batch_are_mixed_up() -> Iterator[None]:
 
 
 @variant
-def broken_batch_answer_is_not_sent() -> Iterator[None]:
-    """An answer to a batch that cannot be read says nothing of what was done."""
-    shares = HttpCredits._shares
-
-    def broken(self: Any, outcome: Any, size: int) -> Any:
-        return [
-            replace(each, sent=False) if isinstance(each, http._Silence) and "batch" in each.reason else each
-            for each in shares(self, outcome, size)
-        ]
-
-    with replaced(HttpCredits, "_shares", broken):
-        yield
-
-
-@variant
 def place_in_line_is_kept() -> Iterator[None]:
     """Whoever has made its call leaves its place in the line to the next one."""
     with replaced(Line, "leave", lambda self: None):

@@ -12,6 +12,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+from opentelemetry.trace import INVALID_SPAN
 
 from metered_billing import names
 from metered_billing.charge import (
@@ -229,6 +230,16 @@ async def test_batch_says_of_a_deduction_what_a_call_says(credits_: HttpCredits,
         "metadata": {"endpoint": "cut"},
     }
     assert second == {"op": "deduct", "idempotency_key": "2", "tenant_id": "acme", "amount": 10}
+
+
+@pytest.mark.parametrize("letter", ["a", "\u00e9", "\u6587", "\U0001f4b8"])
+def test_weight_is_no_less_than_the_bytes(letter: str) -> None:
+    """Whatever its names are written in: what the line takes for a call is what the service reads."""
+    account = Account(letter * 255, letter * 255)
+    heavy = charge(1, account=account, reason=letter * 255, refund_items=(letter * 255,) * 50)
+    for operation, call in (("deduct", Contract().deduction(heavy)), ("refund", Contract().refund(heavy))):
+        asked = http._Asked(operation, heavy, call, 0.0, INVALID_SPAN)
+        assert len(json.dumps(Contract().batched(operation, heavy, call))) <= http._weight(asked)
 
 
 def result(status: int, name: str = "", **body: Any) -> dict[str, Any]:

@@ -520,8 +520,8 @@ class HttpCredits:
         loop = asyncio.get_running_loop()
         here = self._loops.get(loop)
         if here is None or here.connections.closed:
-            for gone in [other for other in self._loops if other.is_closed()]:
-                del self._loops[gone]
+            for gone in [other for other in list(self._loops) if other.is_closed()]:
+                self._loops.pop(gone, None)  # another thread may have been faster
             connections = Connections(self._new_wire, self._max_connections)
             lines = (self._line(at_once) for at_once in (self._deductions_at_once, UNDOING_AT_ONCE))
             here = self._loops[loop] = _Here(connections, *lines)
@@ -589,8 +589,10 @@ def _was_alone(waiting: Waiting) -> bool:
 
 
 def _weight(asked: _Asked) -> int:
-    """Bytes of its JSON, at the most; only the names of items can be many."""
-    return 4096 + sum(12 * len(item) + 3 for item in asked.record.refund_items)
+    """Bytes of its JSON, roughly, and rather more: a character may take twelve."""
+    record, account = asked.record, asked.record.account
+    texts = (account.tenant_id, account.user_id or "", record.reason or "", *record.refund_items)
+    return 4096 + sum(12 * len(text) + 3 for text in texts)
 
 
 def _unanswered(silence: _Silence) -> Unanswered:

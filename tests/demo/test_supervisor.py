@@ -13,16 +13,11 @@ import httpx
 import pytest
 from examples.fastapi_app.supervisor import CannotStart, Process, check_port, keep_running
 
+from tests.serving import free_port
+
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 SERVER = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def process(folder: Path, command: list[str] | None = None) -> Process:

@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("PIL", reason="Pillow is not installed: `make .venv/.demo`")
 
-from tests.demo.running import Demo, eventually, free_port
+from tests.demo.running import Demo, eventually
+from tests.serving import free_port
 
 from .programs import program
 from .shipped import ALERTS, queries

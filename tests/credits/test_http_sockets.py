@@ -387,8 +387,6 @@ class TestBreakingOff:
     @pytest.mark.parametrize("more", [YES, YES[:-5], b"HTTP/1.1 500 No\r\nx-", b"?"])
     async def test_connection_that_says_more_than_was_asked(self, more: bytes) -> None:
         """What follows an answer is no part of the next one's: the connection is not used again."""
-        if not LEAN.get():
-            pytest.skip("httpx's engine keeps it for the next answer")
 
         async def say_more(request: Request) -> None:
             await request.send(YES + more)

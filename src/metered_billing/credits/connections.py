@@ -162,14 +162,24 @@ class CoreWire:
         )
         try:
             headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
-            return Received(response.status, headers, await _read(headers, response.stream))
+            received = Received(response.status, headers, await _read(headers, response.stream))
         finally:
             await response.aclose()
+        if _has_said_more(connection):
+            await self.aclose()
+        return received
 
     async def aclose(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
             await connection.aclose()
+
+
+def _has_said_more(connection: httpcore.AsyncHTTPConnection) -> bool:
+    """Whether bytes came behind the answer. The engine would take them for the answer to the next request."""
+    # What the engine keeps to itself; that it is still there, a test on a socket says.
+    state = getattr(getattr(connection, "_connection", None), "_h11_state", None)
+    return state is not None and bool(state.trailing_data[0])
 
 
 class LentWire:

@@ -2,8 +2,9 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, ClassVar
 
 import httpx
 import pytest
@@ -622,6 +623,41 @@ async def test_close_while_in_line(make: Callable[..., HttpCredits], service: Se
     assert await waiting == Unanswered("waited too long for the credits service", sent=False)
     service.gate = None
     assert await deduct_all(credits_, 4, 5) == [Deducted("tx-4", 90), Deducted("tx-5", 90)]
+
+
+class Overheard(Contract):
+    """Notes in whose context a batch is made."""
+
+    batches = True
+    heard: ClassVar[list[str]] = []
+
+    def batch(self, operations: Sequence[bytes]) -> tuple[str, bytes]:
+        self.heard.append(REQUEST.get())
+        return super().batch(operations)
+
+
+REQUEST = ContextVar("request", default="none")
+
+
+async def test_batch_is_made_in_no_requests_context(make: Callable[..., HttpCredits], service: Service) -> None:
+    """What a request has bound to its log lines does not stand on those of a call that carries others' operations."""
+    credits_ = make(contract=Overheard())
+    await credits_.start()
+    REQUEST.set("of one request")
+    await deduct_all(credits_, 1, 2)
+    assert Overheard.heard == ["none"]
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_token_rejected_for_one_of_a_batch_is_loud(
+    credits_: HttpCredits, service: Service, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, with the status that the service gave."""
+    service.result = lambda operation: result(status) if operation["idempotency_key"] == "2" else done(operation)
+    await deduct_all(credits_, 1, 2, 3)
+    rejected = [record for record in caplog.messages if names.LOG_REJECTED in record]
+    assert len(rejected) == 1
+    assert f"status={status}" in rejected[0]
 
 
 class TestTelling:

@@ -218,6 +218,7 @@ class HttpCredits:
     async def start(self) -> None:
         """Asks nothing of the service: one that is down must not keep the app from starting."""
         self._telemetry.breaker_is(self._breaker.state)
+        await self._here()  # here and now, so that what goes in groups is in no request's context
 
     async def deduct(self, record: Record) -> DeductAnswer:
         """Take the credits, in up to `attempts` attempts within `timeout_s`."""
@@ -357,16 +358,13 @@ class HttpCredits:
         left_s = min(asked.deadline - self._runtime.monotonic(), self._timeout_s)
         # Enough must be left for a call of its own.
         waiting = line.join(asked, account, _weight(asked), left_s - self._left_s(asked.deadline) / 2)
-        alone = False
         try:
             outcome = await waiting.told
-            alone = outcome is ALONE
-            if not alone:
+            if outcome is not ALONE:
                 return outcome  # type: ignore[no-any-return]
             return await self._send(asked.call, self._left_s(asked.deadline), asked.operation, 0)
         finally:
-            # It may have been told, and be cancelled before it has heard of it.
-            if alone or (waiting.told.done() and not waiting.told.cancelled() and _was_alone(waiting)):
+            if waiting.alone:  # also where it is cancelled before it has heard of it
                 line.leave()
 
     def _left_s(self, deadline: float) -> float:
@@ -416,8 +414,9 @@ class HttpCredits:
         replies = self._contract.read_batch(outcome, size)
         if replies is not None:
             self._batch_was_answered = True
-            if any(reply is not None and reply.status in (401, 403) for reply in replies):
-                self._telemetry.log(names.LOG_REJECTED, status=403, server=self._url.host)
+            rejected = next((reply.status for reply in replies if reply and reply.status in (401, 403)), None)
+            if rejected is not None:
+                self._telemetry.log(names.LOG_REJECTED, status=rejected, server=self._url.host)
             return [_Silence("broken result in a batch", sent=True) if reply is None else reply for reply in replies]
         if outcome.status in (404, 405, 501):
             # One that had batches a moment ago still has: then it is a deployment, or a proxy.
@@ -582,10 +581,6 @@ def _lean_wire() -> Callable[[httpx.URL, ssl.SSLContext], Wire]:
     except ImportError as error:
         raise ImportError("lean=True needs httptools: pip install 'metered-billing[lean]'") from error
     return LeanWire
-
-
-def _was_alone(waiting: Waiting) -> bool:
-    return waiting.told.exception() is None and waiting.told.result() is ALONE
 
 
 def _weight(asked: _Asked) -> int:

@@ -8,7 +8,8 @@ without any delay, and a busy one is asked for much at a time.
 import asyncio
 import contextvars
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any, Final
 
 from opentelemetry import context as otel_context
@@ -41,6 +42,12 @@ class Waiting:
         self.until = until
         self.told = told
 
+    @property
+    def alone(self) -> bool:
+        """Whether it was told so, be it that nobody has heard of it yet."""
+        told = self.told
+        return told.done() and not told.cancelled() and told.exception() is None and told.result() is ALONE
+
     def tell(self, outcome: Any) -> None:
         """Say what came of it, unless nobody waits any more."""
         if not self.told.done():
@@ -66,7 +73,7 @@ class Line:
 
     def __init__(
         self,
-        send: Callable[[Sequence[Waiting]], Awaitable[None]],
+        send: Callable[[Sequence[Waiting]], Coroutine[Any, Any, None]],
         *,
         late: object,
         lost: object,
@@ -138,17 +145,14 @@ class Line:
             if len(group) == 1:
                 group[0].tell(ALONE)
                 continue
-            task = self._context.copy().run(self._loop.create_task, self._go(group))
+            task = self._context.copy().run(self._loop.create_task, self._send(group))
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            task.add_done_callback(lambda task, group=group: self._over(task, group))  # type: ignore[misc]
+            task.add_done_callback(partial(self._over, group))
         if self._queue:
             self._watch(min(waiting.until for waiting in self._queue))
 
-    async def _go(self, group: Sequence[Waiting]) -> None:
-        await self._send(group)
-
-    def _over(self, task: "asyncio.Task[None]", group: Sequence[Waiting]) -> None:
+    def _over(self, group: Sequence[Waiting], task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
         error = None if task.cancelled() else task.exception()
         for waiting in group:
             if isinstance(error, Exception):

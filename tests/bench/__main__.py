@@ -4,7 +4,7 @@
     python -m tests.bench --quick                               one round of bare, plain and ours at 64
     python -m tests.bench --profile ours-journal --concurrency 64
     python -m tests.bench --variants bare,ours-journal --concurrency 64 --rounds 5
-    python -m tests.bench --only start                          apps, journal, ledger or start
+    python -m tests.bench --only start                          apps, calls, journal, ledger or start
     python -m tests.bench --write                               all of it, and into the docs
     python -m tests.bench --again --write                       nothing but what .bench/last.json has, into the docs
 
@@ -15,8 +15,6 @@ import argparse
 import asyncio
 import contextlib
 import importlib
-import importlib.util
-import inspect
 import pstats
 import random
 import shutil
@@ -35,7 +33,7 @@ from tests.bench.rows import Row
 from tests.bench.variants import BY_NAME, LEVELS, PEERS, VARIANTS, Level, Variant
 
 QUICK = ("bare", "plain", "ours-journal")
-PARTS = ("apps", "journal", "ledger", "start")
+PARTS = ("apps", "calls", "journal", "ledger", "start")
 
 
 def say(text: str) -> None:
@@ -89,14 +87,8 @@ async def start(options: argparse.Namespace) -> list[Row]:
 
 
 def alone(name: str, quick: bool) -> list[Row]:
-    """The journal or the ledger, without an app around it."""
-    module = f"tests.bench.{name}"
-    if importlib.util.find_spec(module) is None:
-        say(f"there is no {module} yet")
-        return []
-    measure = importlib.import_module(module).measure
-    with_quick = "quick" in inspect.signature(measure).parameters
-    rows: list[Row] = measure(quick=quick) if with_quick else measure()
+    """The journal, the ledger or the calls, without an app around it."""
+    rows: list[Row] = importlib.import_module(f"tests.bench.{name}").measure(quick=quick)
     return rows
 
 
@@ -174,10 +166,9 @@ def main() -> None:
                 runner.run(apps(variants, levels, options, record))
             else:
                 rows = runner.run(start(options)) if part == "start" else alone(part, options.quick)
-                if rows:
-                    record.rows[part] = rows
-                    record.measured(part, f"{'quick, ' if options.quick else ''}seed {options.seed}")
-                    print(f"\n{page.row_table(rows)}")
+                record.rows[part] = rows
+                record.measured(part, f"{'quick, ' if options.quick else ''}seed {options.seed}")
+                print(f"\n{page.row_table(rows)}")
     if not options.again and (options.peers or not part_of_apps):
         record.save()
     if not options.peers:

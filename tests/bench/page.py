@@ -24,7 +24,7 @@ SERIES = (
     ("ours-journal", "ours", "ours"),
     ("plain", "by hand: httpx", "hand"),
 )
-TITLES = {"journal": "The journal", "ledger": "The ledger", "start": "Start and memory"}
+TITLES = {"calls": "The calls", "journal": "The journal", "ledger": "The ledger", "start": "Start and memory"}
 
 
 def page(text: str, measured: str) -> str:

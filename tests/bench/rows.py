@@ -57,7 +57,7 @@ GOALS = (
     Goal("10", "ledger's throughput at 1,000,000 entries against the start", 0.9, 1.0),
     Goal("11", "handler of 20 ms, 64 concurrent, tracing off: share of the bare route", 0.75, 0.9),
 )
-"""As issue 5 states them."""
+"""What we hold ourselves to."""
 
 
 def goal_lines(rows: Iterable[Row], goals: Sequence[Goal] = GOALS) -> list[list[str]]:

@@ -48,6 +48,16 @@ def a_record(state: State, *, refund_credits: int = 0) -> Record:
     return dataclasses.replace(OPENED, state=state, refund_credits=refund_credits)
 
 
+def test_changed_copy_is_what_replace_makes() -> None:
+    """The same record, as strictly checked; what it has no field for is refused, not carried along unseen."""
+    changes: dict[str, Any] = {"state": State.REFUNDING, "refund_credits": 2, "reason": "failed items"}
+    assert OPENED.but(**changes) == dataclasses.replace(OPENED, **changes)
+    with pytest.raises(ValueError, match="refunded"):
+        OPENED.but(refund_credits=11)
+    with pytest.raises(TypeError, match="refund_credit$"):
+        OPENED.but(refund_credit=2)
+
+
 # The design's table, row by row: state, refund due, what happened, what follows.
 ROWS: list[tuple[State, int, Event, State]] = [
     (State.OPENED, 0, Deducted("tx"), State.DEDUCTED),

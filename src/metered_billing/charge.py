@@ -157,9 +157,15 @@ class Record:
             raise ValueError(f"charge {self.id}: {self.refund_credits} of {self.amount_credits} refunded")
 
     def but(self, **changes: Any) -> "Record":
-        """The record with these changes: `dataclasses.replace` at a tenth of its time."""
+        """The record with these changes: `dataclasses.replace`, faster.
+
+        Raises:
+            TypeError: There is no such field.
+        """
         after = object.__new__(Record)
         after.__dict__.update(self.__dict__, **changes)
+        if len(after.__dict__) != len(self.__dict__):
+            raise TypeError(f"a record has no {', '.join(changes.keys() - self.__dict__.keys())}")
         after.__post_init__()
         return after
 

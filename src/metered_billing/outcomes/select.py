@@ -82,7 +82,7 @@ def compile_path(text: str) -> Path:
 def _steps_of(query: JSONPathQuery) -> tuple[str | None, ...] | None:
     """What a path of nothing but names and wildcards goes through: a name, or None for all; of any other path, None.
 
-    Nearly every path is one of these, and walked by itself it takes a tenth of the library's time.
+    Nearly every path is one of these, and takes much less time than the library's way.
     """
     steps: list[str | None] = []
     for segment in query.segments:

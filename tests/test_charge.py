@@ -54,7 +54,7 @@ def test_changed_copy_is_what_replace_makes() -> None:
     assert OPENED.but(**changes) == dataclasses.replace(OPENED, **changes)
     with pytest.raises(ValueError, match="refunded"):
         OPENED.but(refund_credits=11)
-    with pytest.raises(TypeError, match="refund_credit$"):
+    with pytest.raises(TypeError, match=r"refund_credit$"):
         OPENED.but(refund_credit=2)
 
 

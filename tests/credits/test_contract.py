@@ -2,6 +2,7 @@
 
 import email.utils
 import json
+from functools import reduce
 from typing import Any
 
 import httpx
@@ -483,6 +484,21 @@ class TestReadJson:
     def test_unreadable(self, content: bytes) -> None:
         """What cannot be read is None, and raises nothing."""
         assert read_json(content) is None
+
+    @pytest.mark.parametrize(
+        ("content", "value"),
+        [
+            (b'{"detail": "half a character: \\ud800"}', {"detail": "half a character: \ud800"}),
+            ('{"amount": 10}'.encode("utf-16"), {"amount": 10}),
+            (b'\xef\xbb\xbf{"amount": 10}', {"amount": 10}),
+            (b'{"amount": 1, "amount": 10}', {"amount": 10}),
+            (b'{"amount": 9007199254740993}', {"amount": 2**53 + 1}),
+            (b"[" * 500 + b"]" * 500, reduce(lambda inner, _: [inner], range(499), list[Any]())),
+        ],
+    )
+    def test_readable(self, content: bytes, value: Any) -> None:
+        """What Python's own reader makes sense of is read, and alike."""
+        assert read_json(content) == value == json.loads(content)
 
     @given(st.binary())
     def test_any_bytes(self, content: bytes) -> None:

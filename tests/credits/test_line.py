@@ -186,6 +186,23 @@ async def test_room(calls: Calls) -> None:
     assert line.has_room(ACME)
 
 
+async def test_room_is_counted_on(calls: Calls) -> None:
+    """Who has half of a crowded line only since it is crowded may take no more; once it has moved on, they may."""
+    line = line_of(calls, waiting=8)
+    await busy(line)
+    for account in (ACME, BETA, BETA, BETA):
+        line.join("early", account, 1, 60)
+    assert line.has_room(BETA)
+    line.join("late", BETA, 1, 60)
+    assert not line.has_room(BETA)
+    assert line.has_room(ACME)
+    line.leave()
+    await turns()
+    for account in (ACME, ACME, BETA, BETA):
+        line.join("later", account, 1, 60)
+    assert line.has_room(BETA)
+
+
 async def test_room_for_one(calls: Calls) -> None:
     """Where only one may wait, one may."""
     line = line_of(calls, waiting=1)

@@ -90,7 +90,8 @@ class Breaker:
             # A call begun before the last change says nothing about the service now.
             return
         if not failed:
-            self._breaker.call(lambda: None)
+            if admitted.probe or self._breaker.fail_counter:  # else there is nothing to forgive
+                self._breaker.call(lambda: None)
             return
         try:
             self._breaker.call(_fail)

@@ -12,7 +12,7 @@ import math
 import re
 import ssl
 import weakref
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ import tenacity
 from opentelemetry import trace
 from opentelemetry.trace import Span
 from pydantic import SecretStr
+from pydantic_core import to_json
 
 from metered_billing import names
 from metered_billing.charge import (
@@ -44,7 +45,6 @@ from metered_billing.runtime import Runtime
 from metered_billing.telemetry import Telemetry, propagate, traceparent_of
 
 T = TypeVar("T")
-U = TypeVar("U")
 
 FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 1.0
@@ -72,7 +72,7 @@ _HEADERS = (
     (b"User-Agent", b"metered-billing"),
 )
 
-_encode = json.JSONEncoder(separators=(",", ":")).encode
+_encode_ascii = json.JSONEncoder(separators=(",", ":")).encode
 
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 
@@ -93,7 +93,10 @@ class _NoBatch:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+# Those two are not frozen, which would make them twice as slow to make.
+
+
+@dataclass(slots=True)
 class _Asked:
     """What stands in line.
 
@@ -109,6 +112,15 @@ class _Asked:
     span: Span
 
 
+@dataclass(slots=True)
+class _Attempt:
+    """One attempt's result, and whether another is worth making."""
+
+    answer: DeductAnswer
+    again: bool
+    retry_after_s: float | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class _Here:
     """What belongs to one event loop."""
@@ -116,15 +128,6 @@ class _Here:
     connections: Connections
     deductions: Line
     undoing: Line
-
-
-@dataclass(frozen=True, slots=True)
-class _Attempt:
-    """One attempt's result, and whether another is worth making."""
-
-    answer: DeductAnswer
-    again: bool
-    retry_after_s: float | None = None
 
 
 class HttpCredits:
@@ -180,6 +183,8 @@ class HttpCredits:
             raise ValueError("timeouts, attempts, lengths and the breaker's numbers must be above 0, and finite")
         self._timeout_s = timeout_s
         self._attempt_timeout_s = attempt_timeout_s
+        # In line: enough must be left for a call of its own.
+        self._patience_s = timeout_s - min(attempt_timeout_s, timeout_s) / 2
         self._contract = contract or Contract()
         self._transport = transport
         self._wire: Callable[[httpx.URL, ssl.SSLContext], Wire] = _lean_wire() if lean else CoreWire
@@ -218,23 +223,26 @@ class HttpCredits:
     async def start(self) -> None:
         """Asks nothing of the service: one that is down must not keep the app from starting."""
         self._telemetry.breaker_is(self._breaker.state)
-        await self._here()  # here and now, so that what goes in groups is in no request's context
+        await self._open()  # here and now, so that what goes in groups is in no request's context
 
     async def deduct(self, record: Record) -> DeductAnswer:
         """Take the credits, in up to `attempts` attempts within `timeout_s`."""
-        return await self._answered(record, self._deduct(record), lambda why: Unknown(why, misconfigured=True))
+        try:
+            return await self._deduct(record)
+        except Exception as error:
+            return Unknown(self._bug(record, error), misconfigured=True)
 
     async def refund(self, record: Record) -> RefundAnswer:
         """Give credits back, in one attempt."""
-        return await self._answered(record, self._refund(record), Unanswered)
+        return await self._answered(record, self._refund(record))
 
     async def void(self, record: Record) -> VoidAnswer:
         """Undo the deduction, in one attempt."""
-        return await self._answered(record, self._void(record), Unanswered)
+        return await self._answered(record, self._void(record))
 
     async def find(self, record: Record) -> FindAnswer:
         """Look through the account's transactions, page by page."""
-        return await self._answered(record, self._find(record), Unanswered)
+        return await self._answered(record, self._find(record))
 
     async def aclose(self) -> None:
         """Close this event loop's connections; those that are in use as soon as they have their answer."""
@@ -244,13 +252,17 @@ class HttpCredits:
             await here.undoing.aclose()
             await here.connections.aclose()
 
-    async def _answered(self, record: Record, work: Coroutine[Any, Any, T], otherwise: Callable[[str], U]) -> T | U:
-        """What `work` answers. A bug in it, which is to say in a contract of the user's own, is loud, and no answer."""
+    async def _answered(self, record: Record, work: Coroutine[Any, Any, T]) -> T | Unanswered:
+        """What `work` answers."""
         try:
             return await work
         except Exception as error:
-            self._telemetry.log(names.LOG_MISCONFIGURED, record, exc_info=error)
-            return otherwise(f"{type(error).__name__} in the credits client")
+            return Unanswered(self._bug(record, error))
+
+    def _bug(self, record: Record, error: Exception) -> str:
+        """Why there is no answer: a bug, which is to say in a contract of the user's own. It is loud."""
+        self._telemetry.log(names.LOG_MISCONFIGURED, record, exc_info=error)
+        return f"{type(error).__name__} in the credits client"
 
     # The calls.
 
@@ -350,22 +362,24 @@ class HttpCredits:
         blocked_s = self._breaker.remaining_s()
         if blocked_s > 0:
             return _Silence(_CIRCUIT_OPEN, sent=False, retry_after_s=blocked_s)
-        here = await self._here()
+        here = self._here() or await self._open()
         line, account = here.deductions if asked.operation == "deduct" else here.undoing, asked.record.account
         if not line.has_room(account):
             self._telemetry.crowded_out()
             return _Silence(_CROWDED, sent=False, retry_after_s=1.0)
-        left_s = min(asked.deadline - self._runtime.monotonic(), self._timeout_s)
-        # Enough must be left for a call of its own.
-        waiting = line.join(asked, account, _weight(asked), left_s - self._left_s(asked.deadline) / 2)
+        waiting = line.join(asked, account, _weight(asked), self._patience_s)
         try:
             outcome = await waiting.told
-            if outcome is not ALONE:
-                return outcome  # type: ignore[no-any-return]
+        except BaseException:
+            if waiting.alone:  # it is cancelled before it has heard of it
+                line.leave()
+            raise
+        if outcome is not ALONE:
+            return outcome  # type: ignore[no-any-return]
+        try:
             return await self._send(asked.call, self._left_s(asked.deadline), asked.operation, 0)
         finally:
-            if waiting.alone:  # also where it is cancelled before it has heard of it
-                line.leave()
+            line.leave()
 
     def _left_s(self, deadline: float) -> float:
         """What one attempt may take."""
@@ -382,7 +396,7 @@ class HttpCredits:
                 traceparent = traceparent_of(asked.span)
                 if traceparent is not None:
                     operation["traceparent"] = traceparent
-                operations.append(_encode(operation).encode())
+                operations.append(_encode(operation))
             except Exception as error:
                 waiting.fail(error)
             else:
@@ -469,9 +483,8 @@ class HttpCredits:
         if call.params:
             target += b"?" + str(httpx.QueryParams(call.params)).encode("ascii")
         if content is None and call.body is not None:
-            # In ASCII: what is no Unicode (a lone surrogate in an exception's text, say) can be sent all the same.
-            content = _encode(call.body).encode()
-        here = await self._here()
+            content = _encode(call.body)
+        here = self._here() or await self._open()
         with self._telemetry.attempt(call.method, url, self._url.host, self._port, resend, operation, batched) as span:
             try:
                 # The engine's own timeouts are for each read and write: a trickling reply outlasts them all.
@@ -515,15 +528,19 @@ class HttpCredits:
         headers += [(name.encode("ascii"), value.encode("ascii")) for name, value in carried.items()]
         return headers
 
-    async def _here(self) -> _Here:
-        loop = asyncio.get_running_loop()
-        here = self._loops.get(loop)
-        if here is None or here.connections.closed:
+    def _here(self) -> _Here | None:
+        """What belongs to this event loop, once it is open."""
+        here = self._loops.get(asyncio.get_running_loop())
+        return None if here is None or here.connections.closed else here
+
+    async def _open(self) -> _Here:
+        here = self._here()
+        if here is None:
             for gone in [other for other in list(self._loops) if other.is_closed()]:
                 self._loops.pop(gone, None)  # another thread may have been faster
             connections = Connections(self._new_wire, self._max_connections)
             lines = (self._line(at_once) for at_once in (self._deductions_at_once, UNDOING_AT_ONCE))
-            here = self._loops[loop] = _Here(connections, *lines)
+            here = self._loops[asyncio.get_running_loop()] = _Here(connections, *lines)
             await connections.open()
         return here
 
@@ -583,11 +600,20 @@ def _lean_wire() -> Callable[[httpx.URL, ssl.SSLContext], Wire]:
     return LeanWire
 
 
+def _encode(value: Mapping[str, Any]) -> bytes:
+    """As JSON."""
+    try:
+        return to_json(value)
+    except ValueError:
+        # In ASCII, what is no Unicode (a lone surrogate in an exception's text, say) can be sent all the same.
+        return _encode_ascii(value).encode()
+
+
 def _weight(asked: _Asked) -> int:
     """Bytes of its JSON, roughly, and rather more: a character may take twelve."""
-    record, account = asked.record, asked.record.account
-    texts = (account.tenant_id, account.user_id or "", record.reason or "", *record.refund_items)
-    return 4096 + sum(12 * len(text) + 3 for text in texts)
+    record, account, items = asked.record, asked.record.account, asked.record.refund_items
+    letters = len(account.tenant_id) + len(account.user_id or "") + len(record.reason or "") + sum(map(len, items))
+    return 4096 + 12 * letters + 3 * len(items)
 
 
 def _unanswered(silence: _Silence) -> Unanswered:

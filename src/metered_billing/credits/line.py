@@ -92,7 +92,7 @@ class Line:
         self._context = contextvars.copy_context()
         self._context.run(otel_context.attach, otel_context.Context())
         self._queue: list[Waiting] = []
-        self._held: Counter[Account] = Counter()
+        self._held: Counter[Account] | None = None  # how many of each stand in the queue; not known until it is crowded
         self._in_flight = 0
         self._called = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -105,13 +105,16 @@ class Line:
             return True
         if len(self._queue) >= self._most:
             return False
+        if self._held is None:
+            self._held = Counter(waiting.account for waiting in self._queue)
         return self._held[account] < half
 
     def join(self, asked: Any, account: Account, weight: int, patience_s: float) -> Waiting:
         """Stand in line; then await `told`. Cancelled before it is sent, it never is."""
         waiting = Waiting(asked, account, weight, self._loop.time() + patience_s, self._loop.create_future())
         self._queue.append(waiting)
-        self._held[account] += 1
+        if self._held is not None:
+            self._held[account] += 1
         if not self._called and self._in_flight < self._at_once:
             # Whoever else was woken by the same commit asks in this turn of the loop.
             self._called = True
@@ -155,6 +158,8 @@ class Line:
         self._tasks.discard(task)
         error = None if task.cancelled() else task.exception()
         for waiting in group:
+            if waiting.told.done():
+                continue
             if isinstance(error, Exception):
                 waiting.fail(error)
             else:
@@ -183,7 +188,7 @@ class Line:
 
     def _keep(self, queue: list[Waiting]) -> None:
         self._queue = queue
-        self._held = Counter(waiting.account for waiting in queue)
+        self._held = None
 
     def _watch(self, until: float) -> None:
         """Look at the latest then who has waited too long."""

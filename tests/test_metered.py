@@ -269,6 +269,11 @@ async def raising_later(body: Images) -> int:
     raise RuntimeError
 
 
+class RaisingAsItIsRead(dict[str, int]):
+    def items(self) -> Any:
+        raise KeyError("x")
+
+
 @pytest.mark.parametrize(
     "cost",
     [
@@ -284,6 +289,7 @@ async def raising_later(body: Images) -> int:
         lambda: {"": 1},
         raising,
         raising_later,
+        lambda: RaisingAsItIsRead(a=1),
     ],
 )
 async def test_cost_that_is_no_price_is_answered_500_and_charges_nothing(bench: Stand, cost: Any) -> None:

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum, IntEnum
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,9 @@ class Name(str, Enum):  # noqa: UP042 - whose str() is not its value
         ({1: 2, -5: 1}, Paid(3, {"1": 2, "-5": 1})),
         ({Name.CAT: 2}, Paid(2, {"cat": 2})),
         ({"x" * 255: 1}, Paid(1, {"x" * 255: 1})),
+        ({"zero\u200bwidth": 1}, Paid(1, {"zero\u200bwidth": 1})),
+        ({"a": MAX_AMOUNT}, Paid(MAX_AMOUNT, {"a": MAX_AMOUNT})),
+        (MappingProxyType({"a": 1}), Paid(1, {"a": 1})),
     ],
     ids=short,
 )
@@ -489,6 +493,7 @@ def test_count_units_delivered_for_a_mapping() -> None:
     assert count(ABC, Delivered(9), Said(ABC)) == Outcome(6, (), "6 paid for, 9 reported")
     assert count(ABC, Delivered(5), said(ABC, "c")) == Outcome(3, ("c",))
     assert count(ABC, Delivered(2), said(ABC, "c")) == Outcome(2, ("c",))
+    assert count(ABC, Delivered(9), said(ABC, "c")) == Outcome(3, ("c",), "6 paid for, 9 reported")
 
 
 def test_count_with_items_said_is_the_union() -> None:

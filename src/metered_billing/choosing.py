@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.requests import Request
+from starlette.types import Message, Scope
 
 REQUEST = "request"
 
@@ -45,38 +46,41 @@ class Offer:
         }
         self.request_name = next((p.name for p in parameters if is_kind(p.annotation, Request)), None)
 
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], otherwise: Callable[[], Request]) -> "Bound":
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], scope: Scope) -> "Bound":
         """The arguments of one call.
 
         Args:
-            otherwise: Makes a request, where the endpoint takes none.
+            scope: Of the request, where the endpoint takes none.
         """
         if args or (self.defaults and self.defaults.keys() - kwargs.keys()):
             kwargs = {**self.defaults, **dict(zip(self.names, args, strict=False)), **kwargs}
-        return Bound(self, kwargs, otherwise)
+        return Bound(self.request_name, kwargs, scope)
 
 
 class Bound:
     """One call of an endpoint: its arguments by name, and its request, made when it is first asked for."""
 
-    __slots__ = ("_offer", "_otherwise", "_request", "arguments")
+    __slots__ = ("_request", "_request_name", "_scope", "arguments")
 
-    def __init__(self, offer: Offer, arguments: Mapping[str, Any], otherwise: Callable[[], Request]) -> None:
+    def __init__(self, request_name: str | None, arguments: Mapping[str, Any], scope: Scope) -> None:
         self.arguments = arguments
-        self._offer = offer
-        self._otherwise = otherwise
+        self._request_name = request_name
+        self._scope = scope
         self._request: Request | None = None
 
     @property
     def request(self) -> Request:
-        """The endpoint's own request, where it takes one."""
+        """The endpoint's own request where it takes one, else one of headers, path and state: its body is gone."""
         if self._request is None:
-            name = self._offer.request_name
-            own = self.arguments.get(name) if name is not None else None
+            own = None if self._request_name is None else self.arguments.get(self._request_name)
             if own is None:
                 own = next((value for value in self.arguments.values() if isinstance(value, Request)), None)
-            self._request = own if isinstance(own, Request) else self._otherwise()
+            self._request = own if isinstance(own, Request) else Request(self._scope, _gone)
         return self._request
+
+
+async def _gone() -> Message:
+    raise RuntimeError("the framework has read this request's body already: name the endpoint's own argument instead")
 
 
 class Chooser:
@@ -96,9 +100,9 @@ class Chooser:
         self._fn = fn
         self._offer = offer
         self._returned = returned
-        self._positional: list[str] = []
-        self._keywords: list[tuple[str, str]] = []
-        self._wants_request = False
+        # By which names its arguments are called here, and where they come from: None is the request.
+        self._positional: list[str | None] = []
+        self._keywords: list[tuple[str, str | None]] = []
         try:
             parameters = list(signature_of(fn).parameters.values())
         except (TypeError, ValueError) as error:
@@ -114,11 +118,11 @@ class Chooser:
         if parameter.kind not in _NAMED:
             return  # *args and **kwargs name nothing
         name = parameter.name
+        source: str | None = None
         if name in self._offer.names:
             source = name
         elif name == REQUEST or is_kind(parameter.annotation, Request):
-            source = REQUEST
-            self._wants_request = True
+            pass
         elif parameter.default is not inspect.Parameter.empty:
             return
         else:
@@ -134,13 +138,12 @@ class Chooser:
 
     def __call__(self, call: Bound, returned: Any = None) -> Any:
         """Call it with this request's arguments; whatever it raises passes. An async one returns an awaitable."""
-        arguments = call.arguments
-        if self._wants_request:
-            arguments = {REQUEST: call.request, **arguments}
-        keywords = {name: arguments[source] for name, source in self._keywords}
-        if self._returned:
-            return self._fn(returned, *[arguments[source] for source in self._positional], **keywords)
-        return self._fn(*[arguments[source] for source in self._positional], **keywords)
+        given = call.arguments
+        keywords = {name: call.request if source is None else given[source] for name, source in self._keywords}
+        if not self._positional and not self._returned:
+            return self._fn(**keywords)
+        positional = [call.request if source is None else given[source] for source in self._positional]
+        return self._fn(*([returned] if self._returned else ()), *positional, **keywords)
 
 
 def is_kind(annotation: Any, kind: type) -> bool:

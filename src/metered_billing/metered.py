@@ -3,13 +3,11 @@
 import functools
 import inspect
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
-from typing import Any, ParamSpec, Protocol, TypeVar, overload
+from typing import Any, ParamSpec, Protocol, TypeGuard, TypeVar, overload
 
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
 from starlette.responses import FileResponse
-from starlette.types import Message
 from starlette.websockets import WebSocket
 
 from metered_billing import names
@@ -27,6 +25,7 @@ from metered_billing.errors import (
 from metered_billing.middleware import (
     EXCHANGE,
     Exchange,
+    MeteredBillingMiddleware,
     OnDisconnect,
     OnUnavailable,
     checked_choice,
@@ -102,11 +101,7 @@ def metered(
     def decorate(endpoint: Callable[..., Any], /) -> Callable[..., Coroutine[Any, Any, Any]]:
         _refuse(endpoint)
         terms = Terms(endpoint, cost, price, outcomes, account, max_units, on_disconnect)
-
-        @functools.wraps(endpoint)
-        async def charged(*args: Any, **kwargs: Any) -> Any:
-            return await terms.serve(args, kwargs)
-
+        charged = terms.charged()
         # FastAPI reads its parameters from here; `wraps` alone would leave it unevaluated annotations.
         charged.__signature__ = terms.offer.signature  # type: ignore[attr-defined]
         setattr(charged, METERED, terms)
@@ -163,8 +158,62 @@ class Terms:
         """For start-up: whether there is an account function that can be called here."""
         self._account_chooser(account)
 
-    async def serve(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Charge, run the endpoint, and hand what it returned to the framework."""
+    def charged(self) -> Callable[..., Coroutine[Any, Any, Any]]:
+        """The endpoint as the framework calls it: charge, run it, and hand on what it returned.
+
+        All in one coroutine, for whatever the request waits for is heard by each that waits for it.
+        """
+
+        @functools.wraps(self._endpoint)
+        async def charged(*args: Any, **kwargs: Any) -> Any:
+            exchange = self._claimed()
+            billing = exchange.billing
+            try:
+                paid, account = await self._priced(self.offer.bind(args, kwargs, exchange.scope), billing.account)
+                if paid.amount_credits == 0:
+                    charge = billing.biller.free(paid, account)
+                elif account is None:
+                    raise AccountRequired
+                else:
+                    if not billing.biller.started:  # without a lifespan, nobody has started it
+                        await self._start(billing, account, paid)
+                    charge = await billing.biller.deduct(
+                        account, paid, request_id=exchange.request_id, metadata=self._metadata
+                    )
+            except BillingError as error:
+                if isinstance(error, BillingMisconfigured):
+                    why = error.why
+                    billing.telemetry.log(names.LOG_MISCONFIGURED, exc_info=error, endpoint=self._name, reason=why)
+                return answer(error, self.offer.bind(args, kwargs, exchange.scope).request.scope)
+            if not exchange.begin(charge, self._path, self._on_disconnect):
+                raise BillingMisconfigured(f"{self._name}: its request had ended before it was paid for")
+            try:
+                if self._is_async:
+                    returned = await self._endpoint(*args, **kwargs)
+                else:
+                    returned = await run_in_threadpool(self._endpoint, *args, **kwargs)
+            except Exception as error:
+                # Also where a handler of the app's then answers 200.
+                exchange.failed = _failure(error)
+                raise
+            if self._reader is not None and charge.amount_credits > 0:
+                call = self.offer.bind(args, kwargs, exchange.scope)
+                await self._report(exchange, charge, self._reader, call, returned)
+            if callable(returned):  # a response, not something that the framework makes one of
+                streamed = hasattr(returned, "body_iterator")
+                if streamed:
+                    returned.body_iterator = _Watched(returned.body_iterator, exchange)
+                exchange.streams = streamed or isinstance(returned, FileResponse)
+            return returned
+
+        return charged
+
+    def _claimed(self) -> Exchange:
+        """The request that is running, which is charged for from here on.
+
+        Raises:
+            BillingMisconfigured: There is none, or it is charged for already.
+        """
         exchange = EXCHANGE.get()
         if exchange is None:
             raise BillingMisconfigured(
@@ -176,69 +225,40 @@ class Terms:
                 f"{self._name} was called within a request that is charged for already, or from a task that it"
                 " left behind; a request is charged once: call the plain function, its __wrapped__"
             )
-        call = self.offer.bind(args, kwargs, functools.partial(_request, exchange))
-        try:
-            charge = await self._charge(exchange, call)
-        except BillingError as error:
-            if isinstance(error, BillingMisconfigured):
-                telemetry = exchange.billing.telemetry
-                telemetry.log(names.LOG_MISCONFIGURED, exc_info=error, endpoint=self._name, reason=error.why)
-            return answer(error, call.request.scope)
-        if not exchange.begin(charge, self._path, self._on_disconnect):
-            raise BillingMisconfigured(f"{self._name}: its request had ended before it was paid for")
-        returned = await self._run(exchange, args, kwargs)
-        if self._reader is not None and charge.amount_credits > 0:
-            try:
-                reported = self._reader(call, returned)
-                exchange.report = from_returned(await reported if inspect.isawaitable(reported) else reported)
-            except Exception as error:
-                # Not the client's trouble: its work is done. A person looks at the charge.
-                exchange.raised = f"the outcomes function raised {type(error).__name__}"
-                exchange.billing.telemetry.log(names.LOG_READER_RAISED, charge.record, exc_info=error)
-        exchange.streams = hasattr(returned, "body_iterator") or isinstance(returned, FileResponse)
-        if hasattr(returned, "body_iterator"):
-            returned.body_iterator = _Watched(returned.body_iterator, exchange)
-        return returned
+        return exchange
 
-    async def _run(self, exchange: Exchange, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        try:
-            if self._is_async:
-                return await self._endpoint(*args, **kwargs)
-            return await run_in_threadpool(self._endpoint, *args, **kwargs)
-        except Exception as error:
-            # Also where a handler of the app's then answers 200. A redirect is an answer like any other.
-            if not isinstance(error, HTTPException):
-                exchange.failed = f"exception {type(error).__name__}"
-            elif error.status_code >= 400:
-                exchange.failed = f"status {error.status_code}"
-            raise
-
-    async def _charge(self, exchange: Exchange, call: Bound) -> Charge:
-        """Have the request's price deducted.
+    async def _priced(self, call: Bound, default: Callable[..., Any] | None) -> tuple[Paid, Account | None]:
+        """What the request costs, and who pays.
 
         Raises:
-            BillingError: Nothing stays charged; the endpoint must not run.
-            HTTPException: What the app's own functions raised.
+            BillingError: What the app's own functions said is no price, or no account.
+            HTTPException: What they raised.
         """
-        billing = exchange.billing
-        paid = await self._priced(call)
-        account = await self._payer(billing.account, call)
-        if paid.amount_credits == 0:
-            return billing.biller.free(paid, account)
-        if account is None:
-            raise AccountRequired
+        asked = "cost"
         try:
-            if not billing.biller.started:  # without a lifespan, nobody has started it
-                await billing.biller.start()
+            cost = self._cost(call) if isinstance(self._cost, Chooser) else self._cost
+            if _is_awaitable(cost):
+                cost = await cost
+            asked = "price"
+            price = self._price(call) if isinstance(self._price, Chooser) else self._price
+            if _is_awaitable(price):
+                price = await price
+            asked = "cost"  # a mapping of the app's own may work out what is in it as it is read
+            paid = self._paid(cost, price)
+            chooser = self._payer(default)
+            asked = "account"
+            account = chooser(call)
+            if _is_awaitable(account):
+                account = await account
+        except HTTPException:
+            raise
         except Exception as error:
-            with billing.telemetry.not_begun(account, paid.amount_credits, paid.units, str(error)):
-                billing.telemetry.log(names.LOG_UNAVAILABLE, exc_info=error, endpoint=self._name)
-            raise CreditsUnavailable(1) from error
-        return await billing.biller.deduct(account, paid, request_id=exchange.request_id, metadata=self._metadata)
+            raise InvalidCost(f"{self._name}: {asked} raised {type(error).__name__}") from error
+        if account is not None and not isinstance(account, Account):
+            raise InvalidCost(f"{self._name}: account returned a {type(account).__name__}, not an Account or None")
+        return paid, account
 
-    async def _priced(self, call: Bound) -> Paid:
-        cost = await self._ask("cost", self._cost, call) if isinstance(self._cost, Chooser) else self._cost
-        price = await self._ask("price", self._price, call) if isinstance(self._price, Chooser) else self._price
+    def _paid(self, cost: object, price: object) -> Paid:
         try:
             paid = cost_of(cost, price=price)
         except (TypeError, ValueError) as error:
@@ -249,24 +269,29 @@ class Terms:
             raise InvalidCost(f"{self._name}: {paid.amount_credits} credits are more than {MAX_AMOUNT}")
         return paid
 
-    async def _payer(self, default: Callable[..., Any] | None, call: Bound) -> Account | None:
+    def _payer(self, default: Callable[..., Any] | None) -> Chooser:
         try:
-            chooser = self._account_chooser(default)
+            return self._account_chooser(default)
         except TypeError as error:
             raise BillingMisconfigured(f"{self._name}: {error}") from error
-        account = await self._ask("account", chooser, call)
-        if account is not None and not isinstance(account, Account):
-            raise InvalidCost(f"{self._name}: account returned a {type(account).__name__}, not an Account or None")
-        return account
 
-    async def _ask(self, what: str, chooser: Chooser, call: Bound) -> Any:
+    async def _start(self, billing: MeteredBillingMiddleware, account: Account, paid: Paid) -> None:
         try:
-            result = chooser(call)
-            return await result if inspect.isawaitable(result) else result
-        except HTTPException:
-            raise
+            await billing.biller.start()
         except Exception as error:
-            raise InvalidCost(f"{self._name}: {what} raised {type(error).__name__}") from error
+            with billing.telemetry.not_begun(account, paid.amount_credits, paid.units, str(error)):
+                billing.telemetry.log(names.LOG_UNAVAILABLE, exc_info=error, endpoint=self._name)
+            raise CreditsUnavailable(1) from error
+
+    async def _report(self, exchange: Exchange, charge: Charge, reader: Chooser, call: Bound, returned: Any) -> None:
+        """What succeeded, as the app's own function says."""
+        try:
+            reported = reader(call, returned)
+            exchange.report = from_returned(await reported if inspect.isawaitable(reported) else reported)
+        except Exception as error:
+            # Not the client's trouble: its work is done. A person looks at the charge.
+            exchange.raised = f"the outcomes function raised {type(error).__name__}"
+            exchange.billing.telemetry.log(names.LOG_READER_RAISED, charge.record, exc_info=error)
 
     def _account_chooser(self, default: Callable[..., Any] | None) -> Chooser:
         if self._account is not None:
@@ -319,15 +344,19 @@ def _wrapped(endpoint: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
         endpoint = endpoint.__wrapped__
 
 
-def _request(exchange: Exchange) -> Request:
-    """A request for functions of an endpoint that takes none: headers, path and state; its body is gone."""
+def _is_awaitable(value: object) -> TypeGuard[Awaitable[Any]]:
+    # What such a function nearly always returns is known, and seen sooner than all the ways to be awaitable.
+    return type(value) not in _VALUES and inspect.isawaitable(value)
 
-    async def receive() -> Message:
-        raise RuntimeError(
-            "the framework has read this request's body already: name the endpoint's own argument instead"
-        )
 
-    return Request(exchange.scope, receive)
+_VALUES = frozenset({int, dict, Account, type(None)})
+
+
+def _failure(error: Exception) -> str | None:
+    """Why nothing is kept, where a route raised this. A redirect is an answer like any other."""
+    if not isinstance(error, HTTPException):
+        return f"exception {type(error).__name__}"
+    return f"status {error.status_code}" if error.status_code >= 400 else None
 
 
 def _is_async(endpoint: Callable[..., Any]) -> bool:

@@ -248,31 +248,24 @@ class Exchange:
     # For the app.
 
     def send(self, message: Message) -> Awaitable[None]:
-        # No coroutine of its own: free is free.
-        return self._send(message) if self.charge is None else self._watch(message, self.charge)
+        # Not a coroutine itself: free is free, and what is charged for has one of its own.
+        charge = self.charge
+        if charge is None:
+            return self._send(message)
+        kind = message["type"]
+        if kind == "http.response.start":
+            return self._start(message, charge)
+        if kind == "http.response.body":
+            return self._more(message, charge) if message.get("more_body", False) else self._last(message, charge)
+        return self._last(message, charge) if kind == "http.response.pathsend" else self._out(message)
 
-    async def _out(self, message: Message) -> None:
+    async def _out(self, *messages: Message) -> None:
         try:
-            await self._send(message)
+            for message in messages:
+                await self._send(message)
         except OSError:  # how a server says, since ASGI 2.4, that nobody is there
             self._left = True
             raise
-
-    async def _watch(self, message: Message, charge: Charge) -> None:
-        kind = message["type"]
-        if kind == "http.response.start":
-            await self._start(message, charge)
-        elif kind == "http.response.body":
-            self._feed(message.get("body", b""), charge)
-            if message.get("more_body", False):
-                await self._release_start(charge, None)
-                await self._out(message)
-            else:
-                await self._last(message, charge)
-        elif kind == "http.response.pathsend":
-            await self._last(message, charge)
-        else:
-            await self._out(message)
 
     async def _start(self, message: Message, charge: Charge) -> None:
         self._status = message["status"]
@@ -288,13 +281,17 @@ class Exchange:
             )
         self._held = message
         if self.streams or (b"content-length" not in headers and self._status not in (204, 205, 304)):
-            await self._release_start(charge, None)
+            await self._out(*self._opening(charge, None))
 
-    def _feed(self, chunk: bytes, charge: Charge) -> None:
+    async def _more(self, message: Message, charge: Charge) -> None:
+        self._feed(message, charge)
+        await self._out(*self._opening(charge, None), message)
+
+    def _feed(self, message: Message, charge: Charge) -> None:
         if self._reader is None:
             return
         try:
-            self._reader.feed(chunk)
+            self._reader.feed(message.get("body", b""))
         except Exception as error:
             self._reader_raised(charge, error)
 
@@ -305,6 +302,7 @@ class Exchange:
         self._billing.telemetry.log(names.LOG_READER_RAISED, charge.record, exc_info=error)
 
     async def _last(self, message: Message, charge: Charge) -> None:
+        self._feed(message, charge)
         # A stream that was left keeps what it has reported; any other answer was for nothing.
         left = (
             self._on_disconnect == "refund"
@@ -314,20 +312,19 @@ class Exchange:
         )
         event = self._refund_all("the client left before the answer") if left else self._outcome(charge)
         await self._billing.biller.conclude(charge, event)
-        await self._release_start(charge, event)
-        await self._out(message)
+        await self._out(*self._opening(charge, event), message)
         self._over = True
         self._billing.biller.release(charge, event)
 
-    async def _release_start(self, charge: Charge, event: Event | None) -> None:
-        """Send the start, if it is held still, with the headers that can be known by now."""
+    def _opening(self, charge: Charge, event: Event | None) -> tuple[Message, ...]:
+        """The start, if it is held still, with the headers that can be known by now: to be sent at once."""
         if self._held is None:
-            return
+            return ()
         start, self._held = self._held, None
         if event is None and not 200 <= self._status < 400:
             event = self._refund_all("")
         self._started = True
-        await self._out({**start, "headers": [*start.get("headers", ()), *_headers(charge, event)]})
+        return ({**start, "headers": [*start.get("headers", ()), *_headers(charge, event)]},)
 
     # What came of it.
 
@@ -399,16 +396,16 @@ class Exchange:
 
 
 def _headers(charge: Charge, event: Event | None) -> list[tuple[bytes, bytes]]:
-    headers = [(b"credits-deducted", str(charge.amount_credits).encode())]
+    headers = [(b"credits-deducted", b"%d" % charge.amount_credits)]
     transaction_id = charge.transaction_id
     if transaction_id is not None and _VISIBLE.fullmatch(transaction_id):
         headers.append((b"credits-transaction-id", transaction_id.encode()))
     if event is not None and charge.amount_credits > 0:
         kept = event.kept_credits if isinstance(event, Reported) else charge.amount_credits
         refunded = charge.amount_credits - kept
-        headers.append((b"credits-refunded", str(refunded).encode()))
+        headers.append((b"credits-refunded", b"%d" % refunded))
         if charge.balance is not None:
-            headers.append((b"credits-balance", str(charge.balance + refunded).encode()))
+            headers.append((b"credits-balance", b"%d" % (charge.balance + refunded)))
     return headers
 
 

@@ -331,8 +331,7 @@ def released_before_it_is_concluded() -> Iterator[None]:
         async def nothing(_: Message) -> None:
             pass
 
-        await self._release_start(of, None)
-        await self._out(message)
+        await self._out(*self._opening(of, None), message)
         self._send = nothing
         try:
             await last(self, message, of)
@@ -458,15 +457,14 @@ def failing_journal_withholds_the_answer() -> Iterator[None]:
 @variant
 def somebody_else_pays() -> Iterator[None]:
     """Who pays is asked at each request."""
-    payer = Terms._payer
+    priced = Terms._priced
 
     async def broken(self: Any, *args: Any) -> Any:
-        if "first_payer" not in _PAYERS:
-            _PAYERS["first_payer"] = await payer(self, *args)
-        return _PAYERS["first_payer"]
+        paid, payer = await priced(self, *args)
+        return paid, _PAYERS.setdefault("first_payer", payer)
 
     _PAYERS.clear()
-    with replaced(Terms, "_payer", broken):
+    with replaced(Terms, "_priced", broken):
         yield
 
 

@@ -110,10 +110,13 @@ def cost_of(value: object, *, price: object = 1) -> Paid:
         )
     by_item: dict[str, int] = {}
     for key, units in value.items():
-        item = _checked_id(key)
+        # As nearly always, without a call for each: what is printable has no control characters and no surrogates.
+        plain = type(key) is str and key.isprintable() and 0 < len(key) <= MAX_ID_LENGTH
+        item = key if plain else _checked_id(key)
         if item in by_item:
             raise ValueError(f"cost: two items have the id {shown(item)}")
-        by_item[item] = whole_number("cost: the units of an item", units)
+        plain = type(units) is int and 0 <= units <= MAX_AMOUNT
+        by_item[item] = units if plain else whole_number("cost: the units of an item", units)
     return Paid(whole_number("cost: the units of all items", sum(by_item.values())), by_item, price)
 
 

@@ -57,7 +57,7 @@ def count(paid: Paid, report: Report, said: Said) -> Outcome:
     """What stays paid by this report, and by what the route said itself."""
     if isinstance(report, Delivered):
         return _count_delivered(paid, report.units, said)
-    if isinstance(report, ById) and paid.by_item is None and _all_succeeded(paid, report):  # as nearly always
+    if isinstance(report, ById) and _all_succeeded(paid, report.entries):  # as nearly always
         return _count_delivered(paid, paid.units, said)
     tally = tally_for(paid)
     if isinstance(report, ById):
@@ -74,8 +74,12 @@ def count(paid: Paid, report: Report, said: Said) -> Outcome:
     return tally.outcome(said)
 
 
-def _all_succeeded(paid: Paid, report: ById) -> bool:
-    return len(report.entries) == paid.units and all(ok for _, ok in report.entries)
+def _all_succeeded(paid: Paid, entries: list[tuple[str | None, bool]]) -> bool:
+    """Whether it is a report of just what was paid for, each of it once, and all of it succeeded."""
+    if paid.by_item is None:
+        return len(entries) == paid.units and all(ok for _, ok in entries)
+    results = dict(entries)
+    return len(results) == len(entries) and results.keys() == paid.by_item.keys() and all(results.values())
 
 
 def by_status(status: int, paid: Paid, said: Said, *, unreadable: str | None = None) -> Outcome:
@@ -240,6 +244,8 @@ def _count_delivered(paid: Paid, units: int, said: Said) -> Outcome:
         mismatch = _paid_and_reported(paid.units, units)
     if paid.by_item is None:
         return Outcome(min(paid.units - said.units, units), (), mismatch)
+    if not said.items:
+        return Outcome(min(paid.units, units), (), mismatch)
     failed = tuple(item for item in paid.by_item if item in said.items)
     left = paid.units - sum(paid.by_item[item] for item in failed)
     return Outcome(min(left, units), failed, mismatch)

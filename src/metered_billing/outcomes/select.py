@@ -117,9 +117,14 @@ def _children(value: object) -> Iterable[object]:
 
 def entry(selected: object) -> Entry:
     """One selected value as an entry: an object by its `id` and `status`, any other as the status itself."""
-    if isinstance(selected, dict):
-        return id_of(selected.get("id")), succeeded(selected.get("status"))
-    return None, succeeded(selected)
+    if not isinstance(selected, dict):
+        return None, succeeded(selected)
+    item, status = selected.get("id"), selected.get("status")
+    # As nearly always, without a call for each.
+    return (
+        item if type(item) is str else id_of(item),
+        True if type(status) is str and status in _SUCCEEDED else succeeded(status),
+    )
 
 
 def entries_without_path(body: object, paid: Paid) -> list[Entry] | None:

@@ -201,6 +201,7 @@ async def test_room_is_counted_on(calls: Calls) -> None:
     for account in (ACME, ACME, BETA, BETA):
         line.join("later", account, 1, 60)
     assert line.has_room(BETA)
+    await line.aclose()
 
 
 async def test_room_for_one(calls: Calls) -> None:

@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
+import select
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import httpcore
 import httpx
@@ -105,27 +106,56 @@ class Connections:
             while self._idle:
                 await self._idle.pop().aclose()
 
-    @contextlib.asynccontextmanager
-    async def one(self, timeout_s: float) -> AsyncIterator[Wire]:
+    def one(self, timeout_s: float) -> "_One":
         """A wire for one request, as soon as there is one to spare; first come, first served."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._free.acquire()
-        except TimeoutError:
-            raise httpx.PoolTimeout("all connections are busy") from None
-        answered = False
-        try:
-            wire = self._idle.pop() if self._idle else self._new()
+        return _One(self, timeout_s)
+
+    async def take(self, timeout_s: float) -> Wire:
+        """See `one`; whoever takes it gives it back.
+
+        Raises:
+            httpx.PoolTimeout: There is none in time.
+        """
+        if self._free.locked():
             try:
-                yield wire
-                answered = True
-            finally:
-                if answered and not self.closed:
-                    self._idle.append(wire)
-                else:
-                    await wire.aclose()
+                async with asyncio.timeout(timeout_s):
+                    await self._free.acquire()
+            except TimeoutError:
+                raise httpx.PoolTimeout("all connections are busy") from None
+        else:
+            await self._free.acquire()
+        try:
+            return self._idle.pop() if self._idle else self._new()
+        except BaseException:
+            self._free.release()
+            raise
+
+    async def give_back(self, wire: Wire, answered: bool) -> None:
+        """Keep it for the next, if its answer was read; close it otherwise."""
+        try:
+            if answered and not self.closed:
+                self._idle.append(wire)
+            else:
+                await wire.aclose()
         finally:
             self._free.release()
+
+
+class _One:
+    """`Connections.one`. A class costs less than `@asynccontextmanager`."""
+
+    __slots__ = ("_connections", "_timeout_s", "_wire")
+
+    def __init__(self, connections: Connections, timeout_s: float) -> None:
+        self._connections = connections
+        self._timeout_s = timeout_s
+
+    async def __aenter__(self) -> Wire:
+        self._wire = await self._connections.take(self._timeout_s)
+        return self._wire
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        await self._connections.give_back(self._wire, kind is None)
 
 
 class CoreWire:
@@ -147,7 +177,10 @@ class CoreWire:
         if connection is None or connection.is_closed() or connection.has_expired():
             await self.aclose()
             connection = self._connection = httpcore.AsyncHTTPConnection(
-                self._origin, ssl_context=self._tls, keepalive_expiry=KEEP_IDLE_S
+                self._origin,
+                ssl_context=self._tls,
+                keepalive_expiry=KEEP_IDLE_S,
+                network_backend=_Network(),
             )
         origin, content = self._origin, request.content
         length = [] if content is None else [(b"Content-Length", b"%d" % len(content))]
@@ -180,6 +213,56 @@ def _has_said_more(connection: httpcore.AsyncHTTPConnection) -> bool:
     # What the engine keeps to itself; that it is still there, a test on a socket says.
     state = getattr(getattr(connection, "_connection", None), "_h11_state", None)
     return state is not None and bool(state.trailing_data[0])
+
+
+class _Network(httpcore.AnyIOBackend):
+    """The engine's own, which writes each request in one piece."""
+
+    async def connect_tcp(self, *args: Any, **options: Any) -> httpcore.AsyncNetworkStream:
+        return _Stream(await super().connect_tcp(*args, **options))
+
+
+class _Stream(httpcore.AsyncNetworkStream):
+    """Holds what it is to write until somebody waits for the answer.
+
+    The engine writes a request's head and its body one after the other, each at the price of a system call.
+    """
+
+    def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
+        self._stream = stream
+        self._socket = stream.get_extra_info("socket")
+        self._unwritten = b""
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._unwritten += buffer
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        if self._unwritten:
+            buffer, self._unwritten = self._unwritten, b""
+            # A service may answer and close before it has read all: as the engine does, look whether it has.
+            with contextlib.suppress(httpcore.WriteError):
+                await self._stream.write(buffer, timeout)
+        return await self._stream.read(max_bytes, timeout)
+
+    async def start_tls(self, *args: Any, **options: Any) -> httpcore.AsyncNetworkStream:
+        return _Stream(await self._stream.start_tls(*args, **options))
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    def get_extra_info(self, info: str) -> Any:
+        if info == "is_readable" and hasattr(select, "poll"):
+            return self._is_readable()
+        return self._stream.get_extra_info(info)
+
+    def _is_readable(self) -> bool:
+        """Whether something has come that nobody has asked for, such as the end. The engine's way, but quicker."""
+        number = self._socket.fileno()
+        if number < 0:  # closed
+            return True
+        poll = select.poll()
+        poll.register(number, select.POLLIN)
+        return bool(poll.poll(0))
 
 
 class LentWire:

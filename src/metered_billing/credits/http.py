@@ -176,6 +176,9 @@ class HttpCredits:
     ) -> None:
         self._url = _checked_url(url)
         self._prefix = self._url.raw_path.rstrip(b"/")
+        # As telemetry has them; what parses a URL anew for each of its parts is slow.
+        self._server = f"{self._url.scheme}://{self._url.netloc.decode('ascii')}"
+        self._host = self._url.host
         self._port = self._url.port or (443 if self._url.scheme == "https" else 80)
         self._token = checked_token(token)
         numbers = (timeout_s, attempt_timeout_s, attempts, breaker_failures, breaker_reset_s)
@@ -430,7 +433,7 @@ class HttpCredits:
             self._batch_was_answered = True
             rejected = next((reply.status for reply in replies if reply and reply.status in (401, 403)), None)
             if rejected is not None:
-                self._telemetry.log(names.LOG_REJECTED, status=rejected, server=self._url.host)
+                self._telemetry.log(names.LOG_REJECTED, status=rejected, server=self._host)
             return [_Silence("broken result in a batch", sent=True) if reply is None else reply for reply in replies]
         if outcome.status in (404, 405, 501):
             # One that had batches a moment ago still has: then it is a deployment, or a proxy.
@@ -479,13 +482,13 @@ class HttpCredits:
         batched: Sequence[Span] = (),
     ) -> Reply | _Silence:
         target = self._prefix + call.path.encode("ascii")
-        url = self._shown_url(target)
+        url = self._server + target.decode("ascii")
         if call.params:
             target += b"?" + str(httpx.QueryParams(call.params)).encode("ascii")
         if content is None and call.body is not None:
             content = _encode(call.body)
         here = self._here() or await self._open()
-        with self._telemetry.attempt(call.method, url, self._url.host, self._port, resend, operation, batched) as span:
+        with self._telemetry.attempt(call.method, url, self._host, self._port, resend, operation, batched) as span:
             try:
                 # The engine's own timeouts are for each read and write: a trickling reply outlasts them all.
                 async with asyncio.timeout(timeout_s) as whole, here.connections.one(timeout_s / 2) as wire:
@@ -507,12 +510,8 @@ class HttpCredits:
             if reply.status >= 400:
                 span.failed(str(reply.status))
             if reply.status in (401, 403):
-                self._telemetry.log(names.LOG_REJECTED, status=reply.status, server=self._url.host)
+                self._telemetry.log(names.LOG_REJECTED, status=reply.status, server=self._host)
             return reply
-
-    def _shown_url(self, target: bytes) -> str:
-        """As telemetry has it."""
-        return f"{self._url.scheme}://{self._url.netloc.decode('ascii')}{target.decode('ascii')}"
 
     def _headers(self, call: Call, content: bytes | None) -> list[tuple[bytes, bytes]]:
         headers = [*_HEADERS]

@@ -143,7 +143,7 @@ class Line:
 
     def _next(self) -> None:
         self._called = False
-        while self._in_flight < self._at_once and (group := self._take()):
+        while self._queue and self._in_flight < self._at_once and (group := self._take()):
             self._in_flight += 1
             if len(group) == 1:
                 group[0].tell(ALONE)

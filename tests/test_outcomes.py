@@ -40,6 +40,7 @@ from metered_billing.outcomes import (
     reader_for,
     whole_number,
 )
+from metered_billing.outcomes.decode import Unreadable, read_json
 from metered_billing.outcomes.paid import id_of, shown
 from metered_billing.outcomes.select import entry, succeeded
 
@@ -1503,6 +1504,30 @@ ANYTHING = st.recursive(
     ),
     max_leaves=10,
 )
+
+
+@given(
+    text=st.one_of(
+        st.binary(max_size=12),
+        st.builds(
+            lambda value, encoding: json.dumps(value, ensure_ascii=False).encode(encoding, "surrogatepass"),
+            VALUES,
+            st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"]),
+        ),
+    ),
+    before=st.sampled_from([b"", b" ", b"\n\t", b"\0", b"\xc2\xa0"]),
+    after=st.sampled_from([b"", b" \n", b"\0", b"1", b"\xa0"]),
+)
+def test_any_bytes_are_the_json_that_python_reads(text: bytes, before: bytes, after: bytes) -> None:
+    """Whatever way is the quickest: the same value, or none."""
+    body = before + text + after
+    try:
+        value = json.loads(body)
+    except ValueError:
+        with pytest.raises(Unreadable):
+            read_json(body)
+    else:
+        assert repr(read_json(body)) == repr(value)
 
 
 @given(value=ANYTHING, price=st.one_of(st.just(1), ANYTHING))

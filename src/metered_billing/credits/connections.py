@@ -29,7 +29,10 @@ NEVER_SENT = (
 """What is raised where no connection existed. After anything else the request may have gone out."""
 
 
-@dataclass(frozen=True, slots=True)
+# Neither is frozen, which would make it slow to make.
+
+
+@dataclass(slots=True)
 class Outgoing:
     """A request, ready to be sent.
 
@@ -47,7 +50,7 @@ class Outgoing:
     connect_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Received:
     """An answer: the names of its headers are in lower case."""
 

@@ -206,7 +206,7 @@ class Contract:
     def read_deduction(self, record: Record, reply: Reply) -> DeductAnswer:
         if reply.status in (200, 201):
             answer = parse(_DeductionAnswer, reply.body)
-            ours = {None, record.account.tenant_id}
+            ours = (None, record.account.tenant_id)
             if answer is None or answer.amount != record.amount_credits or answer.tenant_id not in ours:
                 return Unknown(f"broken reply ({reply})")
             return Deducted(answer.transaction_id, answer.balance)
@@ -226,7 +226,7 @@ class Contract:
     def read_refund(self, record: Record, reply: Reply) -> RefundAnswer:
         if reply.status in (200, 201):
             answer = parse(_RefundAnswer, reply.body)
-            ours = {None, record.transaction_id}
+            ours = (None, record.transaction_id)
             if answer is None or answer.amount != record.refund_credits or answer.transaction_id not in ours:
                 return Unanswered(f"broken reply ({reply})")
             return Refunded(answer.refund_id, answer.balance)

@@ -231,9 +231,22 @@ class HttpCredits:
     async def deduct(self, record: Record) -> DeductAnswer:
         """Take the credits, in up to `attempts` attempts within `timeout_s`."""
         try:
-            return await self._deduct(record)
+            call = self._contract.deduction(record)
+            deadline = self._runtime.monotonic() + self._timeout_s
+            self._budget.called()
+            outcome = await self._first(_Asked("deduct", record, call, deadline, trace.get_current_span()))
+            doubt: str | None = None
+            if isinstance(outcome, _NoBatch):
+                doubt = outcome.reason
+                outcome = await self._send(call, self._left_s(deadline), "deduct", 0)
+            result = self._read(record, outcome)
+            if isinstance(result.answer, Unknown):
+                doubt = doubt or result.answer.reason
+            if result.again:
+                result, doubt = await self._again(record, call, deadline, result, doubt)
         except Exception as error:
             return Unknown(self._bug(record, error), misconfigured=True)
+        return result.answer if doubt is None else after_unknown(result.answer, doubt)
 
     async def refund(self, record: Record) -> RefundAnswer:
         """Give credits back, in one attempt."""
@@ -268,24 +281,6 @@ class HttpCredits:
         return f"{type(error).__name__} in the credits client"
 
     # The calls.
-
-    async def _deduct(self, record: Record) -> DeductAnswer:
-        call = self._contract.deduction(record)
-        deadline = self._runtime.monotonic() + self._timeout_s
-        self._budget.called()
-        outcome = await self._first(_Asked("deduct", record, call, deadline, trace.get_current_span()))
-        doubt: str | None = None
-        if isinstance(outcome, _NoBatch):
-            doubt = outcome.reason
-            outcome = await self._send(call, self._left_s(deadline), "deduct", 0)
-        result = self._read(record, outcome)
-        if isinstance(result.answer, Unknown):
-            doubt = doubt or result.answer.reason
-        if result.again:
-            result, doubt = await self._again(record, call, deadline, result, doubt)
-        if doubt is not None:
-            return after_unknown(result.answer, doubt)
-        return result.answer
 
     async def _again(
         self, record: Record, call: Call, deadline: float, first: _Attempt, doubt: str | None

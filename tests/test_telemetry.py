@@ -14,6 +14,10 @@ from opentelemetry import trace
 from opentelemetry.metrics._internal import _ProxyMeterProvider
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import Decision, Sampler, SamplingResult
 from opentelemetry.trace import StatusCode
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -24,6 +28,7 @@ from structlog.testing import capture_logs
 
 from metered_billing import HttpCredits, MeteredBillingMiddleware, metered, names, settled
 from metered_billing.biller import Biller
+from metered_billing.charge import Account, Record
 from metered_billing.credits import http as http_credits
 from metered_billing.credits.contract import Contract
 from metered_billing.journal.sqlite import SqliteJournal
@@ -112,6 +117,60 @@ async def test_charge_that_is_cancelled_before_it_is_paid_is_marked(bench: Stand
     await biller.drain(1)
     for name in (names.SPAN_CHARGE, names.SPAN_DEDUCT):
         assert spans(bench)[name].attributes["error.type"] == "cancelled"
+
+
+class Choosy(Sampler):
+    """Drops what is the other tenant's, and remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, Any]] = []
+
+    def should_sample(
+        self,
+        parent_context: Any,
+        trace_id: int,
+        name: str,
+        kind: Any = None,
+        attributes: Any = None,
+        links: Any = None,
+        *_: Any,
+    ) -> SamplingResult:
+        tenant = (attributes or {}).get(names.TENANT_ID)
+        self.asked.append((name, tenant))
+        return SamplingResult(Decision.DROP if tenant == "other" else Decision.RECORD_AND_SAMPLE, attributes)
+
+    def get_description(self) -> str:
+        return "choosy"
+
+
+@pytest.mark.parametrize("tenant", ["acme", "other"])
+def test_sampler_is_told_whose_charge_it_is(tenant: str) -> None:
+    """Its decision holds for what is below the charge, which costs next to nothing where that is dropped."""
+    sampler, exporter = Choosy(), InMemorySpanExporter()
+    provider = TracerProvider(sampler=sampler)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    telemetry = Telemetry(provider)
+    record = Record(id="charge-1", account=Account(tenant), amount_credits=1, units=1, opened_at=0.0)
+    charge = telemetry.charge_span(record)
+    with telemetry.operation(names.SPAN_DEDUCT, record, parent=charge) as deduct:
+        deduct.note(names.BALANCE, 9)
+        assert trace.get_current_span() is deduct.span
+    charge.end()
+    with telemetry.operation(names.SPAN_REFUND, record, parent=charge):  # later, when the charge's span is over
+        pass
+    with telemetry.operation(names.SPAN_RECOVER, record):
+        pass
+    charge_and_recovery = [(names.SPAN_CHARGE, tenant), (names.SPAN_RECOVER, tenant)]
+    assert [asked for asked in sampler.asked if asked[1] is not None] == charge_and_recovery
+    if tenant == "other":
+        assert len(sampler.asked) == 2
+        assert deduct.span.get_span_context() == charge.get_span_context()  # what goes along says: not sampled
+        assert exporter.get_finished_spans() == ()
+    else:
+        made = {span.name: dict(span.attributes or {}) for span in exporter.get_finished_spans()}
+        assert set(made) == {names.SPAN_CHARGE, names.SPAN_DEDUCT, names.SPAN_REFUND, names.SPAN_RECOVER}
+        assert {attributes[names.CHARGE_ID] for attributes in made.values()} == {"charge-1"}
+        assert made[names.SPAN_DEDUCT][names.BALANCE] == 9
 
 
 async def test_operation_that_is_cancelled_or_fails_is_marked(bench: Stand) -> None:

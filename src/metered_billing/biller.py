@@ -269,7 +269,9 @@ class Biller:
                 self._telemetry.log(names.LOG_OWNERSHIP_LOST, after)
                 raise CreditsUnavailable(1)
             self._telemetry.moved("deducted", after.amount_credits)
-            self._telemetry.log(names.LOG_DEDUCTED, after, units=paid.units, balance=answer.balance)
+            self._telemetry.log(
+                names.LOG_DEDUCTED, after, span=operation.span, units=paid.units, balance=answer.balance
+            )
         return Charge(after, paid, charge_id=after.id, account=after.account, balance=answer.balance, span=span)
 
     def _soon(self, write: Awaitable[T]) -> Awaitable[T]:

@@ -63,7 +63,6 @@ _ANOMALIES: Final = frozenset(names.ANOMALIES)
 
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
 _STDLIB: Final = logging.getLogger(names.SCOPE)
-_JSON: Final = json.JSONEncoder(default=str)
 
 
 class Telemetry:
@@ -163,21 +162,24 @@ class Telemetry:
 
         Args:
             name: One of the `SPAN_` names.
-            parent: The span that it belongs under; by default whichever is current.
+            parent: The span that it belongs under; by default whichever is current. Where that one is not recorded,
+                for nothing is or by its sampling, neither is this.
             linked: Link it to the span of the record's deduction.
         """
+        kind = name.rpartition(".")[2]
+        if type(parent) is trace.NonRecordingSpan:
+            return Operation(parent, kind, self)
+        attributes = None if record is None else _attributes(record)
         links = []
         if linked and record is not None and record.traceparent is not None:
             carrier = {"traceparent": record.traceparent}
             deduction = trace.get_current_span(_PROPAGATOR.extract(carrier, otel_context.Context()))
             links = [Link(deduction.get_span_context())]
-        context = None
-        if parent is not None and parent is not trace.INVALID_SPAN:  # where nothing is traced, all spans are that one
-            context = trace.set_span_in_context(parent)
-        span = self._tracer.start_span(
-            name, context, attributes=_attributes(record) if record is not None else None, links=links
-        )
-        return Operation(span, name.rpartition(".")[2], self)
+        if parent is None:
+            return Operation(self._tracer.start_span(name, attributes=attributes, links=links), kind, self)
+        # It is sampled as its parent was, whatever its attributes: so they can wait, and be set with all the others.
+        span = self._tracer.start_span(name, trace.set_span_in_context(parent), links=links)
+        return Operation(span, kind, self, attributes)
 
     def not_begun(self, account: Account, amount: int, units: int, reason: str) -> "Operation":
         """The spans of a charge that could not even begin, because nothing could be opened: why it was 503."""
@@ -219,16 +221,15 @@ class Telemetry:
         if resend:
             attributes[names.HTTP_RESEND_COUNT] = resend
             self._retries.add(1, {names.OPERATION: operation})
-        links = []
+        recorded = [each for each in batched if each.is_recording()]
+        links = [Link(each.get_span_context()) for each in recorded[:MAX_LINKS]]
         if batched:
             attributes[names.BATCH_SIZE] = len(batched)
-            links = [Link(each.get_span_context()) for each in batched if each.is_recording()]
-        span = self._tracer.start_span(method, kind=SpanKind.CLIENT, attributes=attributes, links=links[:MAX_LINKS])
-        if batched and span.is_recording():
-            for each in batched:
-                if each.is_recording():
-                    each.set_attribute(names.BATCH_SIZE, len(batched))
-                    each.add_link(span.get_span_context())
+        span = self._tracer.start_span(method, kind=SpanKind.CLIENT, attributes=attributes, links=links)
+        if span.is_recording():
+            for each in recorded:
+                each.set_attribute(names.BATCH_SIZE, len(batched))
+                each.add_link(span.get_span_context())
         return Operation(span, "attempt", self)
 
     # Metrics.
@@ -286,61 +287,20 @@ class Telemetry:
     ) -> None:
         """One event, with the ids of its charge and span. Never a secret, never a body. Never raises."""
         try:
-            self._log(event, record, span, exc_info, fields)
+            level = _LEVELS.get(event, logging.INFO)
+            if event in _ANOMALIES:
+                self._anomalies.add(1, {names.EVENT: event})
+            if structlog.is_configured():
+                fields = _with_ids(fields, record, span)
+                if exc_info is not None:
+                    fields["exc_info"] = exc_info
+                structlog.get_logger(names.SCOPE).log(level, event, **fields)
+            elif _STDLIB.isEnabledFor(level):
+                _line(event, level, _with_ids(fields, record, span), exc_info)
         except Exception:
             # A processor of the app's own: what it cannot bear must not stand between two moves of credits.
             with contextlib.suppress(Exception):
                 _STDLIB.exception("%s could not be logged", event)
-
-    def _log(
-        self,
-        event: str,
-        record: Record | None,
-        span: Span | None,
-        exc_info: BaseException | None,
-        fields: dict[str, Any],
-    ) -> None:
-        level = _LEVELS.get(event, logging.INFO)
-        if event in _ANOMALIES:
-            self._anomalies.add(1, {names.EVENT: event})
-        structured = structlog.is_configured()
-        if not structured and not _STDLIB.isEnabledFor(level):
-            return
-        if record is not None:
-            fields = {
-                "tenant_id": record.account.tenant_id,
-                "user_id": record.account.user_id,
-                "amount": record.amount_credits,
-                "transaction_id": record.transaction_id,
-                "charge_id": record.id,
-                "request_id": record.request_id,
-                **fields,
-            }
-        at = (span or trace.get_current_span()).get_span_context()
-        if at.is_valid:
-            fields["trace_id"] = trace.format_trace_id(at.trace_id)
-            fields["span_id"] = trace.format_span_id(at.span_id)
-        if structured:
-            if exc_info is not None:
-                fields["exc_info"] = exc_info
-            structlog.get_logger(names.SCOPE).log(level, event, **fields)
-        else:
-            values = " ".join([f"{key}={_json(value)}" for key, value in fields.items()])
-            exception = None if exc_info is None else (type(exc_info), exc_info, exc_info.__traceback__)
-            # Not `_STDLIB.log`, which would look through the stack for its caller: that is always us.
-            _STDLIB.handle(
-                _STDLIB.makeRecord(
-                    names.SCOPE,
-                    level,
-                    __file__,
-                    0,
-                    "%s %s",
-                    (event, values),
-                    exception,
-                    "log",
-                    {"metered_billing": fields},
-                )
-            )
 
 
 class Operation:
@@ -351,12 +311,12 @@ class Operation:
 
     __slots__ = ("_attributes", "_began", "_name", "_telemetry", "_token", "outcome", "span")
 
-    def __init__(self, span: Span, name: str, telemetry: Telemetry) -> None:
+    def __init__(self, span: Span, name: str, telemetry: Telemetry, attributes: dict[str, Any] | None = None) -> None:
         self.span = span
         self.outcome = "ok"
         self._name = name
         self._telemetry = telemetry
-        self._attributes: dict[str, Any] = {}
+        self._attributes = {} if attributes is None else attributes
         self._token: Token[otel_context.Context] | None = None
 
     def __enter__(self) -> Self:
@@ -376,10 +336,11 @@ class Operation:
             self.failed("cancelled")
         else:
             self.failed(type(error).__qualname__)
-        if self.span.is_recording():
+        span = self.span
+        if span.is_recording():
             self._attributes[names.OUTCOME] = self.outcome
-            self.span.set_attributes(self._attributes)
-        self.span.end()
+            span.set_attributes(self._attributes)
+        span.end()
         self._telemetry.measured(self._name, self.outcome, self._telemetry.clock() - self._began)
 
     def note(self, attribute: str, value: str | int | list[str]) -> None:
@@ -412,12 +373,47 @@ def _measured(operation: str, outcome: str) -> Mapping[str, str]:
     return {names.OPERATION: operation, names.OUTCOME: _grouped(outcome)}
 
 
+def _with_ids(fields: dict[str, Any], record: Record | None, span: Span | None) -> dict[str, Any]:
+    """What a log event says, with the ids of its charge and of its span."""
+    if record is not None:
+        account = record.account
+        fields = {
+            "tenant_id": account.tenant_id,
+            "user_id": account.user_id,
+            "amount": record.amount_credits,
+            "transaction_id": record.transaction_id,
+            "charge_id": record.id,
+            "request_id": record.request_id,
+            **fields,
+        }
+    at = (span or trace.get_current_span()).get_span_context()
+    if at.is_valid:
+        fields["trace_id"] = trace.format_trace_id(at.trace_id)
+        fields["span_id"] = trace.format_span_id(at.span_id)
+    return fields
+
+
+def _line(event: str, level: int, fields: dict[str, Any], error: BaseException | None) -> None:
+    """Log an event through the standard library."""
+    values = " ".join([f"{key}={_json(value)}" for key, value in fields.items()])
+    exception = None if error is None else (type(error), error, error.__traceback__)
+    extra = {"metered_billing": fields}
+    # Not `_STDLIB.log`, which would look through the stack for its caller: that is always us.
+    record = _STDLIB.makeRecord(names.SCOPE, level, __file__, 0, "%s %s", (event, values), exception, "log", extra)
+    _STDLIB.handle(record)
+
+
 def _json(value: object) -> str:
     """As JSON, which keeps a line break in a value from starting a line of its own."""
-    if value is None:
-        return "null"
-    # An encoder is quick with text, and slow with all else.
-    return str(value) if type(value) is int else _JSON.encode(value)
+    if type(value) is str:
+        return _text(value)
+    if type(value) is int:
+        return str(value)
+    return "null" if value is None else _encode(value)
+
+
+_text: Final = json.encoder.encode_basestring_ascii
+_encode: Final = json.JSONEncoder(default=str).encode
 
 
 def _grouped(outcome: str) -> str:
@@ -438,8 +434,8 @@ def _payer(account: Account) -> dict[str, str]:
     return {names.TENANT_ID: account.tenant_id, **user}
 
 
-def _attributes(record: Record) -> dict[str, str | int]:
-    attributes: dict[str, str | int] = {
+def _attributes(record: Record) -> dict[str, Any]:
+    attributes: dict[str, Any] = {
         names.CHARGE_ID: record.id,
         **_payer(record.account),
         names.AMOUNT: record.amount_credits,

@@ -744,6 +744,55 @@ def test_body_without_a_path_where_nothing_was_paid_for() -> None:
     assert read({"results": []}, paid=Paid(0, {})) == Outcome(0)
 
 
+def reporting(ids: str, **others: Any) -> list[Any]:
+    """An object for each id, all of them succeeded but for these."""
+    return [{"id": item, "status": others.get(item, "ok")} for item in ids]
+
+
+@pytest.mark.parametrize("paid", [THREE, ABC])
+@pytest.mark.parametrize(
+    "listed",
+    [
+        reporting("abc"),
+        reporting("cab"),
+        reporting("abc", a="Succeeded"),
+        reporting("abc", b=200),
+        reporting("abc", b="failed"),
+        reporting("abc", b=["ok"]),
+        reporting("ab"),
+        reporting("abca"),
+        reporting("aab"),
+        reporting("abd"),
+        reporting("abcd"),
+        [*reporting("ab"), {"status": "ok"}],
+        [*reporting("ab"), {"id": ["c"], "status": "ok"}],
+        [*reporting("ab"), {"id": "c"}],
+        [*reporting("ab"), "ok"],
+        ["ok", "ok", "ok"],
+    ],
+    ids=short,
+)
+def test_body_is_counted_entry_by_entry_or_as_if(paid: Paid, listed: list[Any]) -> None:
+    """Where all has succeeded no entry is looked at by itself, and nothing comes out otherwise."""
+    expected = count(paid, ById([entry(each) for each in listed]), Said(paid))
+    assert read({"results": listed}, paid=paid, path="$.results[*]") == expected
+    if expected.kept_units == paid.units and expected.mismatch is None and listed != ["ok", "ok", "ok"]:
+        assert read({"items": listed}, paid=paid) == expected
+    elif len(listed) != 3:
+        assert read({"results": listed}, paid=paid).mismatch is not None
+
+
+def test_body_that_lists_nothing_is_none_in_which_all_succeeded() -> None:
+    """Not even where nothing was paid for."""
+    assert read({"results": []}, paid=Paid(0), path="$.results[*]").mismatch == "'$.results[*]' matched nothing"
+
+
+def test_body_in_which_all_succeeded_but_what_the_route_said() -> None:
+    """What the route said counts here too."""
+    body = {"results": reporting("abc")}
+    assert read(body, paid=ABC, path="$.results[*]", said=said(ABC, "b")) == Outcome(4, ("b",))
+
+
 def test_body_without_a_path_for_a_mapping_needs_exactly_its_ids() -> None:
     """Other ids, or too few of them, are somebody else's list: the status code decides, and that is said."""
     unread = "`results` does not report on exactly what was paid for, and was not read"

@@ -6,7 +6,7 @@ from typing import Protocol
 from metered_billing.outcomes.decode import CODINGS, Inflater, Unreadable, read_json
 from metered_billing.outcomes.paid import Paid, Said, shown
 from metered_billing.outcomes.report import ById, Outcome, by_status, count, is_success, none_kept, tally_for
-from metered_billing.outcomes.select import Path, Unfitting, entries_without_path
+from metered_billing.outcomes.select import Path, Unfitting, all_succeeded, entries_without_path, entry, listed_in
 from metered_billing.outcomes.streams import EVENT_STREAM, LINES, Events, LineReader, Lines
 
 
@@ -102,7 +102,10 @@ class BodyReader:
             return none_kept(self._paid)
         try:
             body = self._body()
-            entries = self._path(body) if self._path else entries_without_path(body, self._paid)
+            selected = self._path.select(body) if self._path else listed_in(body)
+            if all_succeeded(selected, self._paid):
+                return by_status(self._status, self._paid, said)
+            entries = list(map(entry, selected)) if self._path else entries_without_path(body, self._paid)
         except Unreadable as error:
             return by_status(self._status, self._paid, said, unreadable=str(error))
         except Unfitting as error:

@@ -57,8 +57,6 @@ def count(paid: Paid, report: Report, said: Said) -> Outcome:
     """What stays paid by this report, and by what the route said itself."""
     if isinstance(report, Delivered):
         return _count_delivered(paid, report.units, said)
-    if isinstance(report, ById) and _all_succeeded(paid, report.entries):  # as nearly always
-        return _count_delivered(paid, paid.units, said)
     tally = tally_for(paid)
     if isinstance(report, ById):
         for item, ok in report.entries:
@@ -72,14 +70,6 @@ def count(paid: Paid, report: Report, said: Said) -> Outcome:
         if len(report.succeeded) > len(paid.by_item):
             return tally.outcome(said, also=_paid_and_reported(len(paid.by_item), len(report.succeeded)))
     return tally.outcome(said)
-
-
-def _all_succeeded(paid: Paid, entries: list[tuple[str | None, bool]]) -> bool:
-    """Whether it is a report of just what was paid for, each of it once, and all of it succeeded."""
-    if paid.by_item is None:
-        return len(entries) == paid.units and all(ok for _, ok in entries)
-    results = dict(entries)
-    return len(results) == len(entries) and results.keys() == paid.by_item.keys() and all(results.values())
 
 
 def by_status(status: int, paid: Paid, said: Said, *, unreadable: str | None = None) -> Outcome:

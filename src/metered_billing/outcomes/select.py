@@ -5,6 +5,7 @@ has one, and whether it succeeded.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 from jsonpath_rfc9535 import JSONPathError, JSONPathQuery
 from jsonpath_rfc9535 import compile as compile_query
@@ -57,10 +58,18 @@ class Path:
         Raises:
             Unreadable: The path cannot be applied to this value, which may be nested too deeply.
         """
+        return list(map(entry, self.select(value)))
+
+    def select(self, value: object) -> list[Any]:
+        """The values themselves.
+
+        Raises:
+            Unreadable: Likewise.
+        """
         try:
             if self._steps is not None:
-                return list(map(entry, _walk(self._steps, value)))
-            return [entry(node.value) for node in self._query.finditer(value)]  # type: ignore[arg-type]
+                return _walk(self._steps, value)
+            return [node.value for node in self._query.finditer(value)]  # type: ignore[arg-type]
         except Exception as error:
             # A RecursionError, the library's or Python's; a UnicodeEncodeError, where half a surrogate pair is
             # matched. Whatever it is, this body is beyond us, and that must not cost the client the response.
@@ -98,7 +107,7 @@ def _steps_of(query: JSONPathQuery) -> tuple[str | None, ...] | None:
     return tuple(steps)
 
 
-def _walk(steps: tuple[str | None, ...], value: object) -> list[object]:
+def _walk(steps: tuple[str | None, ...], value: object) -> list[Any]:
     """The values that such a path selects, in the library's order."""
     found = [value]
     for step in steps:
@@ -125,6 +134,26 @@ def entry(selected: object) -> Entry:
         item if type(item) is str else id_of(item),
         True if type(status) is str and status in _SUCCEEDED else succeeded(status),
     )
+
+
+def listed_in(body: object) -> Any:
+    """Where a body without a path reports, if it does."""
+    return body.get("results", body.get("items")) if isinstance(body, dict) else None
+
+
+def all_succeeded(listed: Any, paid: Paid) -> bool:
+    """Whether these are objects that report on just what was paid for, and all of it succeeded: as nearly always.
+
+    Anything else has to be looked at entry by entry.
+    """
+    try:
+        if not listed or not _SUCCEEDED.issuperset([each["status"] for each in listed]):
+            return False
+        if paid.by_item is None:
+            return len(listed) == paid.units
+        return len(listed) == len(paid.by_item) and {each["id"] for each in listed} == paid.by_item.keys()
+    except (KeyError, TypeError):  # no list, no objects, without such a member, or it is no word
+        return False
 
 
 def entries_without_path(body: object, paid: Paid) -> list[Entry] | None:

@@ -35,6 +35,7 @@ from metered_billing.charge import (
     Unread,
     Voided,
     after_unknown,
+    opened,
     orphaned,
     step,
 )
@@ -56,6 +57,19 @@ def test_changed_copy_is_what_replace_makes() -> None:
         OPENED.but(refund_credits=11)
     with pytest.raises(TypeError, match=r"refund_credit$"):
         OPENED.but(refund_credit=2)
+
+
+def test_opened_charge_is_a_record_with_all_else_at_its_default() -> None:
+    """Nothing of another charge is in it, and no two share what can be changed."""
+    account = Account("acme", "ann")
+    charge = opened("c2", account, amount_credits=20, units=2, now=NOW, owner="here")
+    known: dict[str, Any] = {"id": "c2", "account": account, "amount_credits": 20, "units": 2, "owner": "here"}
+    assert charge == Record(**known, opened_at=NOW, due_at=NOW)
+    assert charge.metadata is not opened("c3", account, amount_credits=20, units=2, now=NOW, owner="here").metadata
+    told = opened("c2", account, amount_credits=20, units=2, now=NOW, owner="here", request_id="r", metadata={"a": "b"})
+    assert told == charge.but(request_id="r", metadata={"a": "b"})
+    with pytest.raises(ValueError, match="an amount of 0"):
+        opened("c2", account, amount_credits=0, units=0, now=NOW, owner="here")
 
 
 # The design's table, row by row: state, refund due, what happened, what follows.

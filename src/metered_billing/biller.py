@@ -24,6 +24,7 @@ from metered_billing.charge import (
     NotSent,
     Record,
     Unknown,
+    opened,
     step,
 )
 from metered_billing.credits import Credits
@@ -189,17 +190,15 @@ class Biller:
             CreditsUnavailable: No answer, or no journal: nothing moved, or it is being undone.
             BillingMisconfigured: The service refused to understand; it is being undone.
         """
-        now = self._runtime.now()
-        record = Record(
-            id=self._runtime.new_id(),
-            account=account,
+        record = opened(
+            self._runtime.new_id(),
+            account,
             amount_credits=paid.amount_credits,
             units=paid.units,
-            opened_at=now,
-            request_id=request_id,
-            metadata=metadata or {},
+            now=self._runtime.now(),
             owner=self._journal.owner,
-            due_at=now,
+            request_id=request_id,
+            metadata=metadata,
         )
         span = self._telemetry.charge_span(record)
         self._telemetry.log(names.LOG_COST_COMPUTED, record, span=span, units=paid.units)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 MAX_AMOUNT = 2**53 - 1
 """The largest amount, in credits: the largest integer that every JSON reader gets right."""
@@ -163,8 +163,10 @@ class Record:
             TypeError: There is no such field.
         """
         after = object.__new__(Record)
-        after.__dict__.update(self.__dict__, **changes)
-        if len(after.__dict__) != len(self.__dict__):
+        values = after.__dict__
+        values.update(self.__dict__)
+        values.update(changes)
+        if len(values) != len(self.__dict__):
             raise TypeError(f"a record has no {', '.join(changes.keys() - self.__dict__.keys())}")
         after.__post_init__()
         return after
@@ -186,6 +188,42 @@ class Record:
         if self.state is State.DISPUTED and self.transaction_id is not None:
             return self.amount_credits - self.refund_credits
         return 0
+
+
+_ANY: Final = Record(id="", account=Account("-"), amount_credits=1, units=1, opened_at=0.0)
+
+
+def opened(
+    charge_id: str,
+    account: Account,
+    *,
+    amount_credits: int,
+    units: int,
+    now: float,
+    owner: str,
+    request_id: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Record:
+    """A charge at its beginning: nothing has been sent.
+
+    Args:
+        now: Seconds since the epoch.
+
+    Raises:
+        ValueError: The amount is no amount.
+    """
+    # To make one of nineteen fields from another takes half as long as from nothing.
+    return _ANY.but(
+        id=charge_id,
+        account=account,
+        amount_credits=amount_credits,
+        units=units,
+        opened_at=now,
+        request_id=request_id,
+        metadata=metadata or {},
+        owner=owner,
+        due_at=now,
+    )
 
 
 class ImpossibleEvent(RuntimeError):

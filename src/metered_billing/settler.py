@@ -62,6 +62,13 @@ KEEP_S = 7 * 86_400.0
 KEEP_AT_MOST = 100_000
 """How long, and how many, final charges stay in the journal, for people to look at."""
 
+_LAST_EVENTS = {
+    State.SETTLED: names.LOG_SETTLED,
+    State.DISPUTED: names.LOG_DISPUTED,
+    State.ABANDONED: names.LOG_ABANDONED,
+}
+"""What is logged of a charge that has become final; of the others it was before."""
+
 
 class Settler:
     """Drives charges to their end, for one biller.
@@ -353,11 +360,7 @@ class Settler:
             self.say_final(after, None)
 
     def say_final(self, record: Record, span: Span | None) -> None:
-        event = {
-            State.SETTLED: names.LOG_SETTLED,
-            State.DISPUTED: names.LOG_DISPUTED,
-            State.ABANDONED: names.LOG_ABANDONED,
-        }.get(record.state)
+        event = _LAST_EVENTS.get(record.state)
         if event is not None:
             self._telemetry.log(
                 event,

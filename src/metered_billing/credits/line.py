@@ -131,7 +131,8 @@ class Line:
 
     async def aclose(self) -> None:
         """Send nothing more, and break off what is in flight."""
-        queue, self._queue = self._queue, []
+        queue = self._queue
+        self._keep([])
         for waiting in queue:
             waiting.tell(self._late)
         while tasks := [task for task in self._tasks if not task.done()]:

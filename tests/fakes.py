@@ -7,6 +7,7 @@ one after each effect; an `Accident` strikes at one of them.
 
 import asyncio
 import contextlib
+import functools
 import gc
 import selectors
 from collections import Counter
@@ -294,12 +295,27 @@ class Shaky:
     def write(self, before: Record, after: Record, *, durable: bool) -> Awaitable[bool]:
         def begin() -> Awaitable[bool]:
             written = self.inner.write(before, after, durable=durable)
-            if before.state is State.DEDUCTED:
+            if is_outcome(before, after):
                 self.queued.append(after)
                 self.committed()
+                asyncio.ensure_future(written).add_done_callback(functools.partial(self._forget, after))
             return written
 
-        return self._pass(f"{before.state}-{after.state}", begin)
+        written = self._pass(f"{before.state}-{after.state}", begin)
+        if self.world.exclusive:
+            # As SQLite's: a future, which no loop has to come back to.
+            written = asyncio.ensure_future(written)
+            self.world.kept.add(written)
+            written.add_done_callback(self.world.kept.discard)
+        return written
+
+    def _forget(self, after: Record, written: "asyncio.Future[bool]") -> None:
+        """Somebody else had moved it: what is on record later is theirs."""
+        if not written.cancelled() and written.exception() is None and not written.result() and after in self.queued:
+            self.queued.remove(after)
+
+    def holds(self, record: Record) -> bool:
+        return self.world.exclusive and self.inner.holds(record)
 
     async def due(self, now: float, *, besides: Collection[str], limit: int) -> list[Record]:
         self.world.alive()
@@ -351,6 +367,9 @@ class World:
         self.struck = asyncio.Event()
         self.dead = False
         self.request: asyncio.Task[Any] | None = None
+        self.exclusive = True  # whether the journal is, as on SQLite
+        self.kept: set[Any] = set()
+        self.at_once = False  # whether the route is over in the turn of the loop in which it began
         self.exporter = InMemorySpanExporter()
         tracers = TracerProvider()
         tracers.add_span_processor(SimpleSpanProcessor(self.exporter))
@@ -475,6 +494,9 @@ class World:
         try:
             if route is not None:
                 await route(charge)
+            elif not self.at_once:
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
             await self.biller.conclude(charge, event)
             await asyncio.sleep(0)  # the last byte
             over = True
@@ -533,6 +555,12 @@ def striking(world: World, accident: Accident) -> Any:
         yield
     finally:
         world.accident = None
+
+
+def is_outcome(before: Record, after: Record) -> bool:
+    """Whether a write puts a request's outcome on record; it may come before the deduction is there as confirmed."""
+    outcomes = (State.SETTLED, State.REFUNDING, State.DISPUTED)
+    return before.state in (State.OPENED, State.DEDUCTED) and after.state in outcomes
 
 
 UNREAD = Unread("the reader raised")

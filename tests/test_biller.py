@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from metered_billing.biller import Charge
-from metered_billing.charge import Declined, Event, Record, Reported, Unknown
+from metered_billing.charge import Declined, Event, Record, Reported, State, Unknown
 from metered_billing.errors import BillingError, BillingMisconfigured, CreditsUnavailable, InsufficientCredits
+from metered_billing.journal import JournalError
 from metered_billing.names import SPAN_CHARGE, SPAN_DEDUCT, SPAN_REFUND
 from metered_billing.outcomes import Paid
 from metered_billing.settler import settled
@@ -38,6 +39,16 @@ def world(tmp_path: Path) -> World:
 PATHS: dict[str, tuple[Callable[[Bank], None], list[str]]] = {
     "some failed": (
         lambda bank: None,
+        ["open", "deduct", "opened-deducted", "deducted-refunding", "refund", "refunding-settled"],
+    ),
+    # Its outcome is there before the confirmed deduction was on record, and goes there instead.
+    "some failed at once": (
+        lambda bank: bank.world.__dict__.update(at_once=True),
+        ["open", "deduct", "opened-refunding", "refund", "refunding-settled"],
+    ),
+    # On a journal whose charges another process can take over meanwhile.
+    "on a lease": (
+        lambda bank: bank.world.__dict__.update(exclusive=False),
         ["open", "deduct", "opened-deducted", "deducted-refunding", "refund", "refunding-settled"],
     ),
     "lost": (
@@ -227,7 +238,8 @@ def test_void_goes_out_while_the_503_is_already_raised(world: World) -> None:
 
 @pytest.mark.parametrize("where", ["open…", "opened-deducted…"])
 def test_journal_that_hangs_before_the_route_is_503_in_time(world: World, where: str) -> None:
-    """A disk that does not answer must not hang every request."""
+    """A database that does not answer must not hang every request."""
+    world.exclusive = False
 
     async def main() -> None:
         await world.biller.start()
@@ -294,7 +306,7 @@ def test_release_before_the_outcome_is_written_waits_for_it(
     """As where the request is cancelled meanwhile. The refund follows at once, below the charge's span; and where the
     write fails, or is somebody else's to make, that is said."""
     caplog.set_level("INFO", logger="metered_billing")
-    world.accident = Accident(strike, "deducted-refunding…") if strike else None
+    world.accident = Accident(strike, "opened-refunding…") if strike else None
 
     async def slowly(write: Awaitable[bool]) -> bool:
         await asyncio.sleep(0.5)
@@ -439,7 +451,7 @@ def test_outcome_that_cannot_be_written_does_not_touch_the_response(
         await world.quiet()
         await world.biller.drain(1.0)
 
-    with striking(world, Accident(kind, "deducted-refunding…")):
+    with striking(world, Accident(kind, "opened-refunding…")):
         world.run(main)
     assert ("charge.ownership_lost" if kind == "lose" else "journal.failed") in caplog.text
     assert "billing.bug" not in caplog.text
@@ -495,8 +507,20 @@ def test_outcome_that_fails_to_be_written_after_the_drain_is_nobodys_surprise(wo
     assert world.bank.balance == GRANTED
 
 
-def test_outcome_is_synced_before_the_last_byte_and_nothing_else_is(world: World) -> None:
-    """A power loss must not undo it: the client has the response. All other steps may be repeated."""
+@pytest.mark.parametrize(
+    ("exclusive", "turns", "written_first"),
+    [
+        (True, 0, [("opened-refunding", True)]),
+        (True, 1, [("opened-deducted", False), ("deducted-refunding", True)]),
+        (False, 0, [("opened-deducted", False), ("deducted-refunding", True)]),
+    ],
+)
+def test_outcome_is_synced_before_the_last_byte_and_nothing_else_is(
+    world: World, exclusive: bool, turns: int, written_first: list[tuple[str, bool]]
+) -> None:
+    """A power loss must not undo it: the client has the response. All other steps may be repeated. What is confirmed
+    is on record behind the first turn of the loop that the route takes, if nobody else can have moved the charge."""
+    world.exclusive = exclusive
     written: list[tuple[str, bool]] = []
     real = world.inner.write
 
@@ -506,10 +530,10 @@ def test_outcome_is_synced_before_the_last_byte_and_nothing_else_is(world: World
 
     world.inner.write = write  # type: ignore[method-assign]
     world.bank.faults["refund"] = [LOST]
-    outcome(world, conclude(world, Reported(8)), release(world, Reported(8)))
+    route = [lambda charge: asyncio.sleep(0)] * turns
+    outcome(world, *route, conclude(world, Reported(8)), release(world, Reported(8)))
     assert written == [
-        ("opened-deducted", False),
-        ("deducted-refunding", True),
+        *written_first,
         ("refunding-refunding", False),
         ("refunding-settled", False),
     ]
@@ -519,6 +543,45 @@ def test_outcome_said_after_the_response_is_over_changes_nothing(world: World) -
     """Where none came on record in time, all is refunded, whatever is concluded later."""
     outcome(world, release(world, Reported(11)), conclude(world, Reported(8)))
     assert world.bank.balance == GRANTED
+
+
+@pytest.mark.parametrize("where", ["opened-deducted…", "…opened-deducted"])
+def test_confirmed_deduction_that_could_not_be_put_on_record_costs_nobody_anything(
+    world: World, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The route runs already, and its answer goes out; it is loud. What did come on record is what is paid for."""
+    with striking(world, Accident("fail", where)):
+        outcome(
+            world,
+            lambda charge: asyncio.sleep(1),
+            conclude(world, Reported(8, ("a", "b"))),
+            release(world, Reported(8, ("a", "b"))),
+        )
+    assert "journal.failed" in caplog.text
+    # Where it was written after all, the outcome finds that, and not what it was told; all goes back.
+    assert world.bank.balance == (GRANTED - 8 if where.endswith("…") else GRANTED)
+
+
+def test_confirmed_deduction_for_which_the_journal_has_no_room_costs_nobody_anything(
+    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its queue is full: that is said, and the outcome comes on record as soon as there is room."""
+    write = world.journal.write
+
+    def full(before: Record, after: Record, *, durable: bool) -> Awaitable[bool]:
+        if after.state is State.DEDUCTED:
+            raise JournalError("10000 operations are waiting already")
+        return write(before, after, durable=durable)
+
+    monkeypatch.setattr(world.journal, "write", full)
+    outcome(
+        world,
+        lambda charge: asyncio.sleep(1),
+        conclude(world, Reported(8, ("a", "b"))),
+        release(world, Reported(8, ("a", "b"))),
+    )
+    assert "operations are waiting" in caplog.text
+    assert world.bank.balance == GRANTED - 8
 
 
 def test_free_request_touches_nothing(world: World, caplog: pytest.LogCaptureFixture) -> None:
@@ -568,6 +631,7 @@ def test_charge_says_what_failed_until_its_outcome_is_on_record(world: World) ->
 @pytest.mark.parametrize("broken", ["nothing", "an error of its own"])
 def test_bug_before_the_route_is_recovered(world: World, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend that returns nonsense, a journal with an error of its own: raised, and undone later."""
+    world.exclusive = False
 
     def write(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError
@@ -658,6 +722,7 @@ def test_refusals_are_told(
 )
 def test_trace_says_why_it_was_503(world: World, accident: Accident, error_type: str, reason: str) -> None:
     """The deduction's span has the kind and the words."""
+    world.exclusive = False
 
     async def main() -> None:
         with pytest.raises(CreditsUnavailable):

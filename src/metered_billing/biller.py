@@ -50,8 +50,8 @@ class Charge:
         amount_credits: What was deducted, in whole credits; 0 where the request is free.
     """
 
-    __slots__ = ("_account", "_closed", "_outcome", "_record", "_said", "_span", "_written", "amount_credits",
-                 "balance", "id", "paid")  # fmt: skip
+    __slots__ = ("_account", "_closed", "_on_record", "_outcome", "_record", "_said", "_span", "_written",
+                 "amount_credits", "balance", "id", "paid")  # fmt: skip
 
     def __init__(
         self,
@@ -69,6 +69,8 @@ class Charge:
         self.amount_credits = 0 if record is None else record.amount_credits
         self._account = account
         self._record = record
+        # As the journal has it, which may be a step behind.
+        self._on_record = record
         self._said = Said(paid)
         self._span = span
         # The one write of its outcome, once it is under way, and the record as it is after it.
@@ -250,28 +252,67 @@ class Biller:
                 self._settler.spawn(record.id, self._settler.follow(record, answer))
                 raise self._refusal(after, answer)
             operation.note(names.TRANSACTION_ID, answer.transaction_id)
-            try:
-                won = await self._soon(self._journal.write(record, after, durable=False))
-            except asyncio.CancelledError:
-                # The write is in the queue already, so this one comes behind it.
-                self._settler.spawn(record.id, self._settler.follow(after, Lost("cancelled before the route ran")))
-                raise
-            except JournalError as error:
-                # On record it is still opened, so recovery voids it.
-                self._settler.leave(record)
-                _say_why(operation, "journal", f"journal: {error}")
-                self._telemetry.log(names.LOG_JOURNAL_FAILED, after, exc_info=error)
-                raise CreditsUnavailable(1) from error
-            if not won:
-                self._settler.leave(record)
-                _say_why(operation, "ownership_lost", "another process has moved the charge")
-                self._telemetry.log(names.LOG_OWNERSHIP_LOST, after)
-                raise CreditsUnavailable(1)
+            ours = self._journal.holds(record)
+            if not ours:
+                await self._confirm(record, after, operation)
             self._telemetry.moved("deducted", after.amount_credits)
             self._telemetry.log(
                 names.LOG_DEDUCTED, after, span=operation.span, units=paid.units, balance=answer.balance
             )
-        return Charge(after, paid, charge_id=after.id, account=after.account, balance=answer.balance, span=span)
+        charge = Charge(after, paid, charge_id=after.id, account=after.account, balance=answer.balance, span=span)
+        if ours:
+            charge._on_record = record
+            asyncio.get_running_loop().call_soon(self._catch_up, charge)
+        return charge
+
+    async def _confirm(self, record: Record, after: Record, operation: Operation) -> None:
+        """Put the deduction on record as confirmed, and see that nobody else has moved the charge meanwhile.
+
+        Raises:
+            CreditsUnavailable: Somebody has, or it cannot be known: the charge is undone, and the route must not run.
+        """
+        try:
+            won = await self._soon(self._journal.write(record, after, durable=False))
+        except asyncio.CancelledError:
+            # The write is in the queue already, so this one comes behind it.
+            self._settler.spawn(record.id, self._settler.follow(after, Lost("cancelled before the route ran")))
+            raise
+        except JournalError as error:
+            # On record it is still opened, so recovery voids it.
+            self._settler.leave(record)
+            _say_why(operation, "journal", f"journal: {error}")
+            self._telemetry.log(names.LOG_JOURNAL_FAILED, after, exc_info=error)
+            raise CreditsUnavailable(1) from error
+        if not won:
+            self._settler.leave(record)
+            _say_why(operation, "ownership_lost", "another process has moved the charge")
+            self._telemetry.log(names.LOG_OWNERSHIP_LOST, after)
+            raise CreditsUnavailable(1)
+
+    def _catch_up(self, charge: Charge) -> None:
+        """Put a confirmed deduction on record, should its request still be running in the next turn of the loop.
+
+        Nobody has to wait for it: nobody else can move the charge, and what dies before finds it opened, and voids it.
+        If the outcome is there already, it goes on record instead.
+        """
+        before, after = charge._on_record, charge._record
+        if charge._written is not None or charge._closed or before is None or after is None:
+            return
+
+        def over(write: asyncio.Future[bool]) -> None:
+            error = None if write.cancelled() else write.exception()
+            if error is not None:
+                if charge._written is None:
+                    charge._on_record = before
+                self._telemetry.log(names.LOG_JOURNAL_FAILED, after, exc_info=error)
+
+        try:
+            written = asyncio.ensure_future(self._journal.write(before, after, durable=False))
+        except Exception as error:
+            self._telemetry.log(names.LOG_JOURNAL_FAILED, after, exc_info=error)
+        else:
+            charge._on_record = after
+            written.add_done_callback(over)
 
     def _soon(self, write: Awaitable[T]) -> Awaitable[T]:
         """How a write to the journal went, unless that takes too long: a disk that hangs must not hang requests.
@@ -363,12 +404,12 @@ class Biller:
 
     def _begin_outcome(self, charge: Charge, event: Event) -> None:
         """Queue the one write of the outcome. From here on a cancellation cannot change it."""
-        record = charge._record
-        if record is None or charge._closed or charge._written is not None:
+        record, before = charge._record, charge._on_record
+        if record is None or before is None or charge._closed or charge._written is not None:
             return
         try:
             after = step(record, event, now=self._runtime.now())
-            charge._written = asyncio.ensure_future(self._journal.write(record, after, durable=True))
+            charge._written = asyncio.ensure_future(self._journal.write(before, after, durable=True))
             charge._outcome = after
         except Exception as error:
             # A full queue, a closed journal, or a bug: the response goes out, and recovery refunds all.

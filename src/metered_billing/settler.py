@@ -92,8 +92,9 @@ class Settler:
         self._runtime = runtime
         self._telemetry = telemetry
         self._recover_every_s = recover_every_s
-        # Charges that somebody here is seeing to, and on which loop; recovery leaves them alone.
-        self._live: dict[str, asyncio.AbstractEventLoop] = {}
+        # Charges that somebody here is seeing to, and on which loop; recovery leaves them alone, also that of another
+        # app in this process which was given the same journal.
+        self._live: dict[str, asyncio.AbstractEventLoop] = _LIVE.setdefault(journal, {})
         self._lock = threading.Lock()
         self._starting = 0
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopTasks] = weakref.WeakKeyDictionary()
@@ -507,6 +508,9 @@ class Settler:
 
 
 _SETTLERS: "weakref.WeakSet[Settler]" = weakref.WeakSet()
+
+_LIVE: "weakref.WeakKeyDictionary[Journal, dict[str, asyncio.AbstractEventLoop]]" = weakref.WeakKeyDictionary()
+"""Whom somebody sees to, by journal."""
 
 
 async def settled() -> None:

@@ -42,6 +42,7 @@ from metered_billing.ledger.rules import Remembered
 from metered_billing.service import create_app
 from metered_billing.service.tokens import Tokens
 from metered_billing.telemetry import Telemetry
+from tests.fakes import is_outcome
 from tests.simulation.app import ACCOUNTS, ROUTES, Story, account_of, make_story
 from tests.simulation.disk import Disk
 from tests.simulation.faults import Profile
@@ -559,7 +560,9 @@ class World:
         if process is not None and process.ready and self.chaos:
             self.struck("recovered by hand", process)
             credits, telemetry = process.biller._credits, process.biller._telemetry  # noqa: A001
-            biller = Biller(credits, process.journal, runtime=process.runtime, telemetry=telemetry)
+            # As from another process: one that were told of the same journal would know what requests are at.
+            journal: Any = _Elsewhere(process.journal)
+            biller = Biller(credits, journal, runtime=process.runtime, telemetry=telemetry)
             process.spawn(_quietly(biller.recover), "recovery by hand")
 
     def _remove_lock(self, process: Process | None = None) -> None:
@@ -794,8 +797,12 @@ class WatchedJournal(SqliteJournal):
         written = super().write(before, after, durable=durable)
         return _Once(self._watch(written, before, after))
 
+    def holds(self, record: Record) -> bool:
+        # Where somebody recovers by hand what requests are at, it is as on a lease that has run out.
+        return "recovered by hand" not in self._world.profile.rates and super().holds(record)
+
     async def _watch(self, written: Awaitable[bool], before: Record, after: Record) -> bool:
-        world, outcome = self._world, before.state is State.DEDUCTED
+        world, outcome = self._world, is_outcome(before, after)
         # Beyond this the response goes out without.
         timer = world.loop.call_later(JOURNAL_WITHIN_S, world.unwritten.add, after.id) if outcome else None
         try:
@@ -815,6 +822,16 @@ class WatchedJournal(SqliteJournal):
             world.unwritten.add(after.id)
         world.note("journal", after.id, f"{before.state} to {after.state}", won)
         return won
+
+
+class _Elsewhere:
+    """A journal, as another process has it."""
+
+    def __init__(self, journal: Any) -> None:
+        self._journal = journal
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._journal, name)
 
 
 class _Once:

@@ -67,6 +67,10 @@ class Journal(Protocol):
         """
         ...
 
+    def holds(self, record: Record) -> bool:
+        """Whether nobody else can have moved this charge meanwhile, nor can before it is given up."""
+        ...
+
     async def adopt(self, now: float) -> int:
         """Take over what dead processes left, due at once. Returns how many charges that are not final.
 

@@ -64,6 +64,10 @@ class FileLock:
         except OSError:
             return False
 
+    def removed(self) -> bool:
+        """Whether its file was deleted or replaced: as `in_place`, for less, but for one that was moved elsewhere."""
+        return self._descriptor is None or os.fstat(self._descriptor).st_nlink == 0
+
     def release(self) -> None:
         """Let go of it. The file stays: another process may have opened it already."""
         descriptor, self._descriptor = self._descriptor, None

@@ -169,6 +169,10 @@ class SqliteJournal:
         values = (str(after.state), after.tries, after.due_at, after.closed_at, body_of(after))
         return slot.run(_Write((*values, before.id, before.owner, str(before.state))), durable=durable)
 
+    def holds(self, record: Record) -> bool:
+        own = self._own
+        return own is not None and own.owner == record.owner and not own.lock.removed()
+
     async def adopt(self, now: float) -> int:
         if self._own is None and self._executor is not None:  # our place was lost, and there was no other yet
             await self.start(self._realm)

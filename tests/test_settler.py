@@ -583,6 +583,24 @@ def test_recovery_sweeps_what_a_request_left(world: World, caplog: pytest.LogCap
     assert "charge.recovered" in caplog.text
 
 
+def test_two_apps_on_one_journal_leave_each_others_requests_alone(world: World) -> None:
+    """Two middlewares that were given the same journal: recovery of the one voids nothing that the other is at."""
+
+    async def main() -> None:
+        await world.biller.start()
+        other = Biller(world.bank, world.biller._journal, runtime=world.runtime, telemetry=world.telemetry)
+        charge = await world.biller.deduct(ANN, Paid(10))
+        assert await other.recover() == 0
+        await world.biller.conclude(charge, Reported(10))
+        world.biller.release(charge, Reported(10))
+        await world.quiet()
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    assert calls(world) == ["deduct"]
+    world.holds()
+
+
 def test_recovery_on_a_loop_that_was_not_started_postpones_too(world: World, caplog: pytest.LogCaptureFixture) -> None:
     """There is nobody to wake for the next attempt, and it stands on record all the same."""
     due_refunds(world, 1)

@@ -477,6 +477,24 @@ async def test_close_while_adopting_leaves_nothing_open(
     await third.close()
 
 
+async def test_charge_is_held_as_long_as_nobody_can_take_its_file(journal: SqliteJournal, tmp_path: Path) -> None:
+    """Not by another owner, not where the lock's file was removed or replaced, and not when it is closed."""
+    mine = charge(journal)
+    assert journal.holds(mine)
+    assert not journal.holds(charge(journal, owner="somebody"))
+    lock = tmp_path / "charges-0.lock"
+    kept = lock.with_suffix(".kept")
+    kept.hardlink_to(lock)
+    lock.unlink()
+    kept.rename(lock)
+    assert journal.holds(mine)
+    lock.with_suffix(".new").touch()
+    lock.with_suffix(".new").replace(lock)
+    assert not journal.holds(mine)
+    await journal.close()
+    assert not journal.holds(mine)
+
+
 async def test_forked_journal_is_closed_and_can_be_started(journal: SqliteJournal) -> None:
     """In the child nothing is held or used that is the parent's."""
     record = charge(journal)

@@ -21,6 +21,7 @@ app.add_middleware(MeteredBillingMiddleware, account=lambda: Account("acme", "an
 @app.post("/killed")
 @metered(cost=10)
 async def killed() -> None:
+    await asyncio.sleep(0.1)  # at work
     os.kill(os.getpid(), signal.SIGKILL)  # the kernel out of memory, a node that goes away
 
 

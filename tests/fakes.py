@@ -7,7 +7,6 @@ one after each effect; an `Accident` strikes at one of them.
 
 import asyncio
 import contextlib
-import functools
 import gc
 import selectors
 from collections import Counter
@@ -295,10 +294,9 @@ class Shaky:
     def write(self, before: Record, after: Record, *, durable: bool) -> Awaitable[bool]:
         def begin() -> Awaitable[bool]:
             written = self.inner.write(before, after, durable=durable)
-            if is_outcome(before, after):
+            if before.state is State.DEDUCTED:
                 self.queued.append(after)
                 self.committed()
-                asyncio.ensure_future(written).add_done_callback(functools.partial(self._forget, after))
             return written
 
         written = self._pass(f"{before.state}-{after.state}", begin)
@@ -308,11 +306,6 @@ class Shaky:
             self.world.kept.add(written)
             written.add_done_callback(self.world.kept.discard)
         return written
-
-    def _forget(self, after: Record, written: "asyncio.Future[bool]") -> None:
-        """Somebody else had moved it: what is on record later is theirs."""
-        if not written.cancelled() and written.exception() is None and not written.result() and after in self.queued:
-            self.queued.remove(after)
 
     def holds(self, record: Record) -> bool:
         return self.world.exclusive and self.inner.holds(record)
@@ -555,12 +548,6 @@ def striking(world: World, accident: Accident) -> Any:
         yield
     finally:
         world.accident = None
-
-
-def is_outcome(before: Record, after: Record) -> bool:
-    """Whether a write puts a request's outcome on record; it may come before the deduction is there as confirmed."""
-    outcomes = (State.SETTLED, State.REFUNDING, State.DISPUTED)
-    return before.state in (State.OPENED, State.DEDUCTED) and after.state in outcomes
 
 
 UNREAD = Unread("the reader raised")

@@ -197,8 +197,8 @@ def run(failed: int, telemetry: Telemetry, number: int = 10) -> tuple[dict[str, 
     [
         # Three answers to wait for, each told by the loop and then heard by the request; one more that hears both, and
         # one that finds that the outcome is there already.
-        (0, 8, 0, ["open", "opened-settled"], 2, 1),
-        (2, 14, 1, ["open", "opened-refunding", "refunding-settled"], 3, 2),
+        (0, 8, 0, ["open", "deducted-settled"], 2, 1),
+        (2, 14, 1, ["open", "deducted-refunding", "refunding-settled"], 3, 2),
     ],
 )
 def test_a_metered_request_does_no_more_than_it_must(
@@ -255,19 +255,19 @@ def test_a_request_leaves_nothing_for_the_garbage_collector() -> None:
 # A journal that answers by futures need not be waited for in a task; it may hang all the same.
 
 
-@pytest.mark.parametrize("hanging", ["open", "opened-deducted", "deducted-settled", "opened-settled"])
+@pytest.mark.parametrize("hanging", ["open", "opened-deducted", "deducted-settled"])
 def test_journal_that_hangs_holds_no_request_up_for_longer_than_five_seconds(tmp_path: Path, hanging: str) -> None:
     """Before the route runs that is a 503; after it the response goes out."""
     world = World(tmp_path)
     prompt = Prompt()
-    prompt.exclusive = hanging == "opened-settled"
+    prompt.exclusive = hanging == "deducted-settled"
     prompt.hanging.add(hanging)
     biller = Biller(prompt, prompt, runtime=world.runtime, telemetry=world.telemetry)
 
     async def main() -> float:
         await biller.start()
         began = world.time
-        if hanging.endswith("-settled"):
+        if hanging == "deducted-settled":
             charge = await biller.deduct(ANN, Paid(10))
             await biller.conclude(charge, Reported(10))
             biller.release(charge, Reported(10))
@@ -280,12 +280,12 @@ def test_journal_that_hangs_holds_no_request_up_for_longer_than_five_seconds(tmp
     assert world.run(main) == pytest.approx(5.0)
 
 
-@pytest.mark.parametrize("where", ["open", "opened-deducted", "deducted-settled", "opened-settled"])
+@pytest.mark.parametrize("where", ["open", "opened-deducted", "deducted-settled"])
 def test_request_cancelled_while_its_journal_writes_by_futures(tmp_path: Path, where: str) -> None:
     """The write goes on, and its end is seen to."""
     world = World(tmp_path)
     prompt = Prompt()
-    prompt.exclusive = where == "opened-settled"
+    prompt.exclusive = where == "deducted-settled"
     biller = Biller(prompt, prompt, runtime=world.runtime, telemetry=world.telemetry)
 
     async def request() -> None:

@@ -7,6 +7,7 @@ is handed to a task of the settler's, which the request's cancellation does not 
 
 import asyncio
 import contextlib
+import functools
 import math
 import weakref
 from collections.abc import Awaitable, Callable, Mapping
@@ -50,8 +51,8 @@ class Charge:
         amount_credits: What was deducted, in whole credits; 0 where the request is free.
     """
 
-    __slots__ = ("_account", "_closed", "_on_record", "_outcome", "_record", "_said", "_span", "_written",
-                 "amount_credits", "balance", "id", "paid")  # fmt: skip
+    __slots__ = ("_account", "_closed", "_outcome", "_record", "_said", "_span", "_written", "amount_credits",
+                 "balance", "id", "paid")  # fmt: skip
 
     def __init__(
         self,
@@ -69,8 +70,6 @@ class Charge:
         self.amount_credits = 0 if record is None else record.amount_credits
         self._account = account
         self._record = record
-        # As the journal has it, which may be a step behind.
-        self._on_record = record
         self._said = Said(paid)
         self._span = span
         # The one write of its outcome, once it is under way, and the record as it is after it.
@@ -261,8 +260,7 @@ class Biller:
             )
         charge = Charge(after, paid, charge_id=after.id, account=after.account, balance=answer.balance, span=span)
         if ours:
-            charge._on_record = record
-            asyncio.get_running_loop().call_soon(self._catch_up, charge)
+            asyncio.get_running_loop().call_soon(self._catch_up, charge, record, after)
         return charge
 
     async def _confirm(self, record: Record, after: Record, operation: Operation) -> None:
@@ -289,30 +287,24 @@ class Biller:
             self._telemetry.log(names.LOG_OWNERSHIP_LOST, after)
             raise CreditsUnavailable(1)
 
-    def _catch_up(self, charge: Charge) -> None:
+    def _catch_up(self, charge: Charge, record: Record, after: Record) -> None:
         """Put a confirmed deduction on record, should its request still be running in the next turn of the loop.
 
         Nobody has to wait for it: nobody else can move the charge, and what dies before finds it opened, and voids it.
-        If the outcome is there already, it goes on record instead.
+        If the outcome is there already, it goes on record instead; if this fails, it still can.
         """
-        before, after = charge._on_record, charge._record
-        if charge._written is not None or charge._closed or before is None or after is None:
+        if charge._written is not None or charge._closed:
             return
-
-        def over(write: asyncio.Future[bool]) -> None:
-            error = None if write.cancelled() else write.exception()
-            if error is not None:
-                if charge._written is None:
-                    charge._on_record = before
-                self._telemetry.log(names.LOG_JOURNAL_FAILED, after, exc_info=error)
-
         try:
-            written = asyncio.ensure_future(self._journal.write(before, after, durable=False))
+            written = asyncio.ensure_future(self._journal.write(record, after, durable=False))
         except Exception as error:
             self._telemetry.log(names.LOG_JOURNAL_FAILED, after, exc_info=error)
         else:
-            charge._on_record = after
-            written.add_done_callback(over)
+            written.add_done_callback(functools.partial(self._caught_up, after))
+
+    def _caught_up(self, after: Record, written: "asyncio.Future[bool]") -> None:
+        if not written.cancelled() and (error := written.exception()) is not None:
+            self._telemetry.log(names.LOG_JOURNAL_FAILED, after, exc_info=error)
 
     def _soon(self, write: Awaitable[T]) -> Awaitable[T]:
         """How a write to the journal went, unless that takes too long: a disk that hangs must not hang requests.
@@ -404,12 +396,12 @@ class Biller:
 
     def _begin_outcome(self, charge: Charge, event: Event) -> None:
         """Queue the one write of the outcome. From here on a cancellation cannot change it."""
-        record, before = charge._record, charge._on_record
-        if record is None or before is None or charge._closed or charge._written is not None:
+        record = charge._record
+        if record is None or charge._closed or charge._written is not None:
             return
         try:
             after = step(record, event, now=self._runtime.now())
-            charge._written = asyncio.ensure_future(self._journal.write(before, after, durable=True))
+            charge._written = asyncio.ensure_future(self._journal.write(record, after, durable=True))
             charge._outcome = after
         except Exception as error:
             # A full queue, a closed journal, or a bug: the response goes out, and recovery refunds all.

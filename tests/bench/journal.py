@@ -21,6 +21,7 @@ from statistics import median
 from typing import NamedTuple
 
 from metered_billing.charge import Account, Deducted, Record, Refunded, Reported, step
+from metered_billing.journal import states_of
 from metered_billing.journal.sqlite import OPEN, SCHEMA, WRITE, SqliteJournal, _columns
 from metered_billing.runtime import new_uuid7
 from metered_billing.schemas import prepare_sqlite
@@ -90,7 +91,7 @@ class OneByOne:
             self.connection.execute(OPEN, (*_columns(after), after.request_id))
         else:
             _, _, state, _, tries, due_at, closed_at, body = _columns(after)
-            values = (state, tries, due_at, closed_at, body, before.id, before.owner, str(before.state))
+            values = (state, tries, due_at, closed_at, body, before.id, before.owner, *states_of(before))
             self.connection.execute(WRITE, values)
         self.connection.execute("COMMIT")
 

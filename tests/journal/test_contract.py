@@ -87,6 +87,19 @@ async def test_write_of_what_has_moved_changes_nothing(ours: Journal, change: di
     assert await everything(ours) == [record]
 
 
+async def test_outcome_replaces_what_stands_as_opened_still(ours: Journal) -> None:
+    """The confirmed deduction need not have come on record as such; it does not come afterwards either."""
+    opened = charge(ours)
+    await ours.open(opened)
+    deducted = dataclasses.replace(opened, state=State.DEDUCTED, transaction_id="tx")
+    refunding = dataclasses.replace(deducted, state=State.REFUNDING, refund_credits=2)
+    results = await asyncio.gather(
+        ours.write(deducted, refunding, durable=True), ours.write(opened, deducted, durable=False)
+    )
+    assert list(results) == [True, False]
+    assert await everything(ours) == [refunding]
+
+
 async def test_outcome_on_record_is_never_changed(ours: Journal) -> None:
     """Of two outcomes for one charge the first stands."""
     record = charge(ours, state=State.DEDUCTED)
@@ -184,7 +197,7 @@ async def test_of_many_written_at_once_the_stale_ones_alone_are_lost(ours: Journ
     assert [number for number, error in enumerate(opened) if error is not None] == [40]
     stale = {3, 17, 39}
     befores = [
-        dataclasses.replace(record, state=State.DEDUCTED) if number in stale else record
+        dataclasses.replace(record, state=State.REFUNDING) if number in stale else record
         for number, record in enumerate(records)
     ]
     written = [ours.write(before, dataclasses.replace(before, state=State.VOIDING), durable=True) for before in befores]

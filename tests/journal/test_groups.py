@@ -127,7 +127,7 @@ async def test_compare_and_set_that_is_lost_is_lost_alone(journal: Journal) -> N
     """Of those that are written at the same time, whoever read an older state is told so, and nobody else is."""
     records = [charge(journal, f"c{number}") for number in range(4)]
     await journal.meanwhile(*map(journal.open, records))
-    stale = to(State.DEDUCTED, records[1])
+    stale = to(State.REFUNDING, records[1])
     befores = [records[0], stale, records[2], records[3]]
     written = [journal.write(before, to(State.VOIDING, before), durable=True) for before in befores]
     opened = journal.open(charge(journal, "c4"))

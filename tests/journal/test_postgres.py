@@ -519,7 +519,7 @@ async def test_hundred_thousand_charges_are_looked_through_by_index(shared: Post
     )
     shared.sql("ANALYZE charges")
     statements: dict[str, tuple[Any, ...]] = {
-        module.WRITE: ("settled", 0, 1.0, 1.0, "{}", "c1", journal.owner, "opened"),
+        module.WRITE: ("settled", 0, 1.0, 1.0, "{}", "c1", journal.owner, "opened", "opened"),
         module.DUE: (journal.owner, 1e9, float("-inf"), "", ["c7"], 200),
         module.NEXT_DUE: (journal.owner, 5.0),
         module.UNSETTLED: (journal.owner,),

@@ -343,6 +343,27 @@ def released_before_it_is_concluded() -> Iterator[None]:
 
 
 @variant
+def route_runs_on_a_file_that_may_be_lost() -> Iterator[None]:
+    """The route waits for its confirmed deduction to be on record where somebody else can have moved the charge."""
+    with replaced(lock.FileLock, "removed", lambda self: False):
+        yield
+
+
+@variant
+def route_runs_on_a_lease_that_may_be_lost() -> Iterator[None]:
+    """Likewise where the journal is not held by a lock."""
+    with replaced(world.WatchedJournal, "holds", SqliteJournal.holds):
+        yield
+
+
+@variant
+def outcome_waits_for_what_was_never_put_on_record() -> Iterator[None]:
+    """An outcome replaces a charge that stands on record as opened, too."""
+    with replaced(sqlite, "states_of", lambda before: (str(before.state), str(before.state))):
+        yield
+
+
+@variant
 def cancellation_overwrites_the_outcome() -> Iterator[None]:
     """An outcome on record decides, whatever becomes of the response afterwards."""
     release = Biller.release

@@ -42,7 +42,6 @@ from metered_billing.ledger.rules import Remembered
 from metered_billing.service import create_app
 from metered_billing.service.tokens import Tokens
 from metered_billing.telemetry import Telemetry
-from tests.fakes import is_outcome
 from tests.simulation.app import ACCOUNTS, ROUTES, Story, account_of, make_story
 from tests.simulation.disk import Disk
 from tests.simulation.faults import Profile
@@ -122,6 +121,10 @@ class World:
             self.profile.dwell_on(batches, "stray proxy after", "refused")
         if LOSE_OWNERSHIP & self.profile.rates.keys():
             self.profile.dwell_on(self.random, "slow", "recovered by hand", "lock file removed")
+        # Charges are held on a lease, which may run out while a request is at one; or by the lock on a file.
+        self.leased = Random(f"lease of {seed}").random() < 0.5
+        if not self.leased:
+            self.profile.drop("recovered by hand")
         self.machines = (Machine(self, "app machine"), Machine(self, "service machine"))
         self.apps: dict[str, Process] = {}
         self.service: Process | None = None
@@ -798,11 +801,10 @@ class WatchedJournal(SqliteJournal):
         return _Once(self._watch(written, before, after))
 
     def holds(self, record: Record) -> bool:
-        # Where somebody recovers by hand what requests are at, it is as on a lease that has run out.
-        return "recovered by hand" not in self._world.profile.rates and super().holds(record)
+        return not self._world.leased and super().holds(record)
 
     async def _watch(self, written: Awaitable[bool], before: Record, after: Record) -> bool:
-        world, outcome = self._world, is_outcome(before, after)
+        world, outcome = self._world, before.state is State.DEDUCTED
         # Beyond this the response goes out without.
         timer = world.loop.call_later(JOURNAL_WITHIN_S, world.unwritten.add, after.id) if outcome else None
         try:

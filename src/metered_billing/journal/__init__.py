@@ -56,6 +56,8 @@ class Journal(Protocol):
     def write(self, before: Record, after: Record, *, durable: bool) -> Awaitable[bool]:
         """Replace `before` by `after`, if its owner and state still are what they were.
 
+        A confirmed deduction need not have come on record as such: one that stands there as opened is replaced too.
+
         Args:
             durable: Done only when it is synced to disk. Otherwise a power loss may undo it.
 
@@ -105,6 +107,12 @@ class Journal(Protocol):
     async def close(self) -> None:
         """Finish what is queued and give the place up, so that others can adopt what is left."""
         ...
+
+
+def states_of(before: Record) -> tuple[str, str]:
+    """The states on record that `write` replaces: two, for the statement's sake."""
+    state = str(before.state)
+    return state, "opened" if state == "deducted" else state
 
 
 def body_of(record: Record) -> str:

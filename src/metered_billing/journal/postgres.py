@@ -24,7 +24,7 @@ from typing import Any, Final, LiteralString, TypeVar
 
 from metered_billing.charge import Record
 from metered_billing.commits import StorageError, Waiting
-from metered_billing.journal import JournalError, body_of, record_of
+from metered_billing.journal import JournalError, body_of, record_of, states_of
 from metered_billing.journal.lock import call_in_forked_child
 from metered_billing.postgres import Connection, DatabaseError, PostgresDatabase, first_line
 from metered_billing.runtime import Runtime
@@ -83,7 +83,7 @@ OPEN: Final = (
 )
 WRITE: Final = (
     "UPDATE charges SET state = %s, tries = %s, due_at = %s, closed_at = %s, body = %s"
-    " WHERE id = %s AND owner = %s AND state = %s"
+    " WHERE id = %s AND owner = %s AND state IN (%s, %s)"
 )
 DUE: Final = (
     f"SELECT {_COLUMNS} FROM charges"  # noqa: S608
@@ -213,7 +213,7 @@ class PostgresJournal:
     def write(self, before: Record, after: Record, *, durable: bool) -> Awaitable[bool]:
         place = self._taken()
         _, _, state, _, tries, due_at, closed_at, body = _columns(after)
-        values = (state, tries, due_at, closed_at, body, before.id, before.owner, str(before.state))
+        values = (state, tries, due_at, closed_at, body, before.id, before.owner, *states_of(before))
         return place.run(_Row(WRITE, values), durable=durable)
 
     def holds(self, record: Record) -> bool:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from metered_billing.charge import Record
 from metered_billing.commits import StorageError, Waiting
-from metered_billing.journal import JournalError, aside, body_of, record_of
+from metered_billing.journal import JournalError, aside, body_of, record_of, states_of
 from metered_billing.journal.lock import FileLock, call_in_forked_child
 from metered_billing.runtime import Executor, Runtime
 from metered_billing.schemas import Schema, SchemaMismatch, prepare_sqlite
@@ -80,7 +80,7 @@ _Row = tuple[str, str, str, float, int, float, float | None, str]
 OPEN = f"INSERT INTO charges ({_COLUMNS}, request_id) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
 WRITE = (
     "UPDATE charges SET state = ?, tries = ?, due_at = ?, closed_at = ?, body = ?"
-    " WHERE id = ? AND owner = ? AND state = ?"
+    " WHERE id = ? AND owner = ? AND state IN (?, ?)"
 )
 
 
@@ -167,7 +167,7 @@ class SqliteJournal:
         slot = self._adopted.get(before.owner) or self._place()
         # Plain strings: SQLite asks for an adapter of any other kind, at each value.
         values = (str(after.state), after.tries, after.due_at, after.closed_at, body_of(after))
-        return slot.run(_Write((*values, before.id, before.owner, str(before.state))), durable=durable)
+        return slot.run(_Write((*values, before.id, before.owner, *states_of(before))), durable=durable)
 
     def holds(self, record: Record) -> bool:
         own = self._own

@@ -601,6 +601,32 @@ def test_two_apps_on_one_journal_leave_each_others_requests_alone(world: World) 
     world.holds()
 
 
+def test_app_that_shuts_down_leaves_the_journal_to_another(world: World) -> None:
+    """Two middlewares that were given the same journal: the first to be drained neither closes it nor waits for the
+    other's requests; the last one closes it.
+    """
+
+    async def main() -> None:
+        await world.biller.start()
+        other = Biller(world.bank, world.biller._journal, runtime=world.runtime, telemetry=world.telemetry)
+        await other.start()
+        charge = await world.biller.deduct(ANN, Paid(10))
+        before = world.time
+        await other.drain(5.0)
+        assert world.time == before
+        await world.biller.conclude(charge, Reported(10))
+        world.biller.release(charge, Reported(10))
+        await world.serve(5, Reported(3))
+        await world.quiet()
+        assert world.inner.owner
+        await world.biller.drain(1.0)
+        assert not world.inner.owner
+
+    world.run(main)
+    assert calls(world) == ["deduct", "deduct", "refund"]
+    world.holds()
+
+
 def test_recovery_on_a_loop_that_was_not_started_postpones_too(world: World, caplog: pytest.LogCaptureFixture) -> None:
     """There is nobody to wake for the next attempt, and it stands on record all the same."""
     due_refunds(world, 1)

@@ -92,14 +92,14 @@ class Settler:
         self._runtime = runtime
         self._telemetry = telemetry
         self._recover_every_s = recover_every_s
-        # Charges that somebody here is seeing to, and on which loop; recovery leaves them alone, also that of another
-        # app in this process which was given the same journal.
-        self._live: dict[str, asyncio.AbstractEventLoop] = _LIVE.setdefault(journal, {})
+        # Charges that somebody here is seeing to, and on which loop; recovery leaves them alone (see `_together`).
+        self._live: dict[str, asyncio.AbstractEventLoop] = {}
         self._lock = threading.Lock()
         self._starting = 0
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopTasks] = weakref.WeakKeyDictionary()
         self._reported: dict[str, str] = {}
-        _SETTLERS.add(self)
+        with _TOGETHER:
+            _SETTLERS.add(self)
 
     # Starting and stopping.
 
@@ -129,8 +129,9 @@ class Settler:
         for other in [other for other in list(self._loops) if other.is_closed()]:
             del self._loops[other]
         # What a closed loop was seeing to, nobody is.
-        for charge_id in [charge_id for charge_id, at in list(self._live.items()) if at.is_closed()]:
-            self._live.pop(charge_id, None)
+        for live in [other._live for other in self._together()]:
+            for charge_id in [charge_id for charge_id, at in list(live.items()) if at.is_closed()]:
+                live.pop(charge_id, None)
         here = self._loops[loop] = LoopTasks(self._runtime.monotonic)
         here.recovery = loop.create_task(self._recover_for_ever(here), name="metered-billing recovery")
 
@@ -168,9 +169,18 @@ class Settler:
         try:
             await self._credits.aclose()
         finally:
-            # Whoever is starting counts on the journal that it has just found open.
-            if self._starting == 0 and all(other.is_closed() for other in list(self._loops)):
+            # Whoever is starting counts on the journal that it has just found open; so does another app that has it.
+            if not any(other._uses_journal for other in self._together()):
                 await self._journal.close()
+
+    def _together(self) -> list["Settler"]:
+        """All that were given the same journal: two apps of one process may have been."""
+        with _TOGETHER:
+            return [other for other in _SETTLERS if other._journal is self._journal]
+
+    @property
+    def _uses_journal(self) -> bool:
+        return self._starting > 0 or not all(loop.is_closed() for loop in list(self._loops))
 
     @property
     def busy(self) -> bool:
@@ -406,7 +416,7 @@ class Settler:
         here.recovering += 1
         try:
             while not here.stopping:
-                besides = frozenset(self._live) | stuck
+                besides = stuck.union(*[list(other._live) for other in self._together()])
                 found = await self._journal.due(now, besides=besides, limit=ROUND)
                 # What is due still, though it was just tried, could not even be postponed: not again in this pass.
                 stuck |= before & {record.id for record in found}
@@ -424,8 +434,9 @@ class Settler:
 
     def _claim(self, records: list[Record], loop: asyncio.AbstractEventLoop) -> list[Record]:
         """See to those that nobody has taken up since they were read, here or on another loop."""
-        with self._lock:
-            mine = [record for record in records if record.id not in self._live]
+        taken = [other._live for other in self._together()]
+        with _TOGETHER:
+            mine = [record for record in records if not any(record.id in live for live in taken)]
             self._live.update((record.id, loop) for record in mine)
         return mine
 
@@ -509,8 +520,8 @@ class Settler:
 
 _SETTLERS: "weakref.WeakSet[Settler]" = weakref.WeakSet()
 
-_LIVE: "weakref.WeakKeyDictionary[Journal, dict[str, asyncio.AbstractEventLoop]]" = weakref.WeakKeyDictionary()
-"""Whom somebody sees to, by journal."""
+_TOGETHER = threading.Lock()
+"""For what those of one journal, each on loops of its own, do not do at the same time."""
 
 
 async def settled() -> None:

@@ -70,11 +70,6 @@ def user_of(request: Request) -> str:
     return request.headers["x-user"]
 
 
-def account_of(request: Request) -> Account:
-    """Who pays, for ours."""
-    return Account(os.environ["BENCH_TENANT"], user_of(request))
-
-
 def items_of(body: Batch) -> dict[str, int]:
     """A unit for each item."""
     return {item.id: 1 for item in body.items}
@@ -114,6 +109,11 @@ def _add_ours(app: FastAPI, variant: Variant) -> None:
     if variant.lean:
         options["lean"] = True
     credits = HttpCredits(os.environ["BENCH_CREDITS"], token=os.environ["BENCH_TOKEN"], **options)  # noqa: A001
+    tenant = os.environ["BENCH_TENANT"]
+
+    def account_of(request: Request) -> Account:
+        return Account(tenant, user_of(request))
+
     app.add_middleware(
         MeteredBillingMiddleware, credits=credits, account=account_of, journal=os.environ["BENCH_JOURNAL"]
     )

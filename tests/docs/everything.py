@@ -317,7 +317,8 @@ class Everything:
         def loses(before: Record, after: Record, *, durable: bool) -> Any:
             return asyncio.sleep(0, False) if before.state == state else write(before, after, durable=durable)
 
-        with self.patched(self.journal, "write", loses):
+        holds = self.patched(self.journal, "holds", lambda record: False)
+        with holds, self.patched(self.journal, "write", loses):
             status = await self.post(answer=BAD, faults=["ok", "500"])
             assert status == (503 if state == "opened" else 200)
         await self.later()

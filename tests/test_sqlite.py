@@ -308,6 +308,26 @@ async def test_durable_is_synced_and_the_rest_is_not(file: SqliteFile) -> None:
     await file.close()
 
 
+@pytest.mark.parametrize("broken", ["first", "then"])
+async def test_closing_comes_to_its_end_whatever_raises(file: SqliteFile, broken: str) -> None:
+    """Whoever waits for it hears of its end, and the file is closed."""
+    done: list[str] = []
+
+    def step(name: str) -> Callable[[], None]:
+        def run() -> None:
+            done.append(name)
+            if name == broken:
+                raise ZeroDivisionError
+
+        return run
+
+    await file.run(note(1))
+    async with asyncio.timeout(5):
+        await file.close(first=step("first"), then=step("then"))
+    assert done == ["first", "then"]
+    assert file._connection is None
+
+
 async def test_closed_file_is_opened_by_the_next_operation(file: SqliteFile) -> None:
     """Closing finishes what waits, and leaves one plain file behind."""
     async with Held(file):

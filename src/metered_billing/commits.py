@@ -166,14 +166,14 @@ class GroupCommit(Generic[C]):
         closed: asyncio.Future[None] = loop.create_future()
 
         def close() -> None:
-            try:
+            # Whatever raises, the rest is done: somebody waits.
+            with contextlib.ExitStack() as last:
+                last.callback(tell, loop, [(closed, None, None)])
+                if then is not None:
+                    last.callback(then)
+                last.callback(self._disconnect)
                 if first is not None:
                     first()
-                self._disconnect()
-            finally:
-                if then is not None:
-                    then()
-                tell(loop, [(closed, None, None)])
 
         try:
             self._submit_behind(close)

@@ -477,6 +477,17 @@ async def test_place_with_nothing_left_to_do_serves_other_credits(place: Engine)
         await journal.close()
 
 
+async def test_place_that_is_open_serves_no_other_credits(place: Engine) -> None:
+    """Two apps with one journal and different credits would undo each other's charges where they never happened."""
+    journal = place.journal()
+    await journal.start("http://one")
+    await journal.start("http://one")
+    with pytest.raises(JournalError, match=r"open for the credits at http://one: those at http://other need"):
+        await journal.start("http://other")
+    await journal.open(charge(journal))
+    await journal.close()
+
+
 # Several event loops.
 
 

@@ -40,7 +40,7 @@ class Journal(Protocol):
                 left alone: it can only be settled there.
 
         Raises:
-            JournalError: It cannot be had; the text says what to do.
+            JournalError: It cannot be had, or is open for another realm; the text says what to do.
         """
         ...
 
@@ -107,6 +107,11 @@ class Journal(Protocol):
     async def close(self) -> None:
         """Finish what is queued and give the place up, so that others can adopt what is left."""
         ...
+
+
+def taken_for(realm: str, asked: str) -> JournalError:
+    """Why a journal that is open for one realm cannot be had for another: each would settle the other's charges."""
+    return JournalError(f"this journal is open for the credits at {realm}: those at {asked} need one of their own")
 
 
 def states_of(before: Record) -> tuple[str, str]:

@@ -24,7 +24,7 @@ from typing import Any, Final, LiteralString, TypeVar
 
 from metered_billing.charge import Record
 from metered_billing.commits import StorageError, Waiting
-from metered_billing.journal import JournalError, body_of, record_of, states_of
+from metered_billing.journal import JournalError, body_of, record_of, states_of, taken_for
 from metered_billing.journal.lock import call_in_forked_child
 from metered_billing.postgres import Connection, DatabaseError, PostgresDatabase, first_line
 from metered_billing.runtime import Runtime
@@ -163,6 +163,7 @@ class PostgresJournal:
         self._mutex = threading.Lock()
         self._starting: concurrent.futures.Future[None] | None = None
         self._place: _Place | None = None
+        self._realm = ""
 
     def forked(self) -> None:
         """This is a child: the place, the thread and the connection are its parent's."""
@@ -181,8 +182,11 @@ class PostgresJournal:
 
     async def start(self, realm: str = "") -> None:
         with self._mutex:
+            if realm != self._realm and (self._place is not None or self._starting is not None):
+                raise taken_for(self._realm, realm)
             if self._place is not None:
                 return
+            self._realm = realm
             starting, first = self._starting, self._starting is None
             if starting is None:
                 starting = self._starting = concurrent.futures.Future()

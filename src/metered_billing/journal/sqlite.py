@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from metered_billing.charge import Record
 from metered_billing.commits import StorageError, Waiting
-from metered_billing.journal import JournalError, aside, body_of, record_of, states_of
+from metered_billing.journal import JournalError, aside, body_of, record_of, states_of, taken_for
 from metered_billing.journal.lock import FileLock, call_in_forked_child
 from metered_billing.runtime import Executor, Runtime
 from metered_billing.schemas import Schema, SchemaMismatch, prepare_sqlite
@@ -127,8 +127,11 @@ class SqliteJournal:
 
     async def start(self, realm: str = "") -> None:
         with self._mutex:
+            if realm != self._realm and (self._executor is not None or self._starting is not None):
+                raise taken_for(self._realm, realm)
             if self._own is not None:
                 return
+            self._realm = realm
             starting, first = self._starting, self._starting is None
             if starting is None:
                 starting = self._starting = concurrent.futures.Future()
@@ -138,7 +141,6 @@ class SqliteJournal:
         # There is one already where a place was lost.
         running = self._executor
         executor = running or self._runtime.executor()
-        self._realm = realm
         try:
             own = await self._take_place(executor)
             if self._executor is not running:

@@ -1,6 +1,7 @@
 """The biller: whatever goes wrong, at whichever await, the credits add up afterwards."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,32 @@ def test_journal_that_hangs_before_the_route_is_503_in_time(world: World, where:
 
     with striking(world, Accident("hang", where)):
         world.run(main)
+
+
+@pytest.mark.parametrize(("kind", "back"), [("fail", "voided"), ("hang", "voided"), ("cancel", "refunded")])
+def test_deduction_that_cannot_be_put_on_record_is_said_and_counted(
+    world: World, kind: str, back: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its credits have moved, and are seen to come back: whoever adds up what is said of them comes to nothing."""
+    world.exclusive = False
+    caplog.set_level("INFO", logger="metered_billing")
+
+    async def main() -> None:
+        await world.biller.start()
+        with contextlib.suppress(CreditsUnavailable, asyncio.CancelledError):
+            await asyncio.ensure_future(struck())
+        await world.quiet()
+        await world.biller.drain(1.0)
+
+    async def struck() -> None:
+        world.request = asyncio.current_task()
+        await world.serve()
+
+    with striking(world, Accident(kind, "opened-deducted…")):
+        world.run(main)
+    assert caplog.text.count("credits.deducted") == 1
+    assert world.counted("metered_billing.credits") == {"deducted": 10, back: 10}
+    world.holds()
 
 
 # The outcome.

@@ -251,13 +251,14 @@ class Biller:
                 self._settler.spawn(record.id, self._settler.follow(record, answer))
                 raise self._refusal(after, answer)
             operation.note(names.TRANSACTION_ID, answer.transaction_id)
-            ours = self._journal.holds(record)
-            if not ours:
-                await self._confirm(record, after, operation)
+            # Whatever becomes of it now, the credits have moved.
             self._telemetry.moved("deducted", after.amount_credits)
             self._telemetry.log(
                 names.LOG_DEDUCTED, after, span=operation.span, units=paid.units, balance=answer.balance
             )
+            ours = self._journal.holds(record)
+            if not ours:
+                await self._confirm(record, after, operation)
         charge = Charge(after, paid, charge_id=after.id, account=after.account, balance=answer.balance, span=span)
         if ours:
             asyncio.get_running_loop().call_soon(self._catch_up, charge, record, after)

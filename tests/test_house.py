@@ -94,7 +94,7 @@ def test_core_needs_neither_fastapi_nor_an_sdk() -> None:
     """What an app that only uses the middleware imports."""
     code = (
         "import sys, metered_billing\n"
-        "heavy = {'fastapi', 'opentelemetry.sdk', 'typer', 'uvicorn', 'pytest', 'hypothesis'}\n"
+        "heavy = {'structlog', 'fastapi', 'opentelemetry.sdk', 'typer', 'uvicorn', 'pytest', 'hypothesis'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

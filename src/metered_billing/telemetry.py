@@ -10,13 +10,13 @@ import contextlib
 import functools
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Token
 from types import TracebackType
 from typing import Any, Final, Self
 
-import structlog
 from opentelemetry import context as otel_context
 from opentelemetry import metrics, trace
 from opentelemetry.metrics import MeterProvider
@@ -290,7 +290,9 @@ class Telemetry:
             level = _LEVELS.get(event, logging.INFO)
             if event in _ANOMALIES:
                 self._anomalies.add(1, {names.EVENT: event})
-            if structlog.is_configured():
+            # Who has configured it has imported it; that takes a tenth of a second, which others need not wait for.
+            structlog = sys.modules.get("structlog")
+            if structlog is not None and structlog.is_configured():
                 fields = _with_ids(fields, record, span)
                 if exc_info is not None:
                     fields["exc_info"] = exc_info

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -478,11 +479,16 @@ async def test_close_while_adopting_leaves_nothing_open(
 
 
 async def test_charge_is_held_as_long_as_nobody_can_take_its_file(journal: SqliteJournal, tmp_path: Path) -> None:
-    """Not by another owner, not where the lock's file was removed or replaced, and not when it is closed."""
+    """Not by another owner, not where the lock's file was moved, removed or replaced, and not when it is closed."""
     mine = charge(journal)
     assert journal.holds(mine)
     assert not journal.holds(charge(journal, owner="somebody"))
     lock = tmp_path / "charges-0.lock"
+    time.sleep(0.02)  # a file system's clock may tick no faster
+    lock.rename(lock.with_suffix(".moved"))
+    assert not journal.holds(mine)
+    lock.with_suffix(".moved").rename(lock)
+    assert journal.holds(mine)
     kept = lock.with_suffix(".kept")
     kept.hardlink_to(lock)
     lock.unlink()

@@ -17,6 +17,7 @@ class FileLock:
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
         self._descriptor: int | None = descriptor
+        self._changed_ns = os.fstat(descriptor).st_ctime_ns
         _HELD.add(self)
 
     @classmethod
@@ -65,8 +66,16 @@ class FileLock:
             return False
 
     def removed(self) -> bool:
-        """Whether its file was deleted or replaced: as `in_place`, for less, but for one that was moved elsewhere."""
-        return self._descriptor is None or os.fstat(self._descriptor).st_nlink == 0
+        """Whether its file was deleted, replaced or moved: not `in_place`, found out for less."""
+        if self._descriptor is None:
+            return True
+        found = os.fstat(self._descriptor)
+        if found.st_ctime_ns == self._changed_ns and found.st_nlink:
+            return False  # each of those is a change to the file itself
+        if not self.in_place():
+            return True
+        self._changed_ns = found.st_ctime_ns
+        return False
 
     def release(self) -> None:
         """Let go of it. The file stays: another process may have opened it already."""

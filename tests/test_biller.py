@@ -254,6 +254,27 @@ def test_journal_that_hangs_before_the_route_is_503_in_time(world: World, where:
         world.run(main)
 
 
+def test_cancelled_request_whose_charge_never_came_on_record_has_lost_it_to_nobody(
+    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk was full, say: nothing was sent, nothing is left to do, and no other process is blamed."""
+
+    async def main() -> None:
+        await world.biller.start()
+        monkeypatch.setattr(world.journal, "open", lambda record: asyncio.sleep(1.0))
+        request = asyncio.ensure_future(world.serve())
+        await asyncio.sleep(0.5)
+        request.cancel()
+        await asyncio.wait([request])
+        await settled()
+        assert not world.live
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    assert "charge.ownership_lost" not in caplog.text
+    assert not world.bank.calls
+
+
 @pytest.mark.parametrize(("kind", "back"), [("fail", "voided"), ("hang", "voided"), ("cancel", "refunded")])
 def test_deduction_that_cannot_be_put_on_record_is_said_and_counted(
     world: World, kind: str, back: str, caplog: pytest.LogCaptureFixture

@@ -223,8 +223,9 @@ class Biller:
             try:
                 await self._soon(self._journal.open(record))
             except asyncio.CancelledError:
-                # The write may still land; nothing was sent, and nothing will be.
-                self._settler.spawn(record.id, self._settler.follow(record, NotSent("cancelled before it was sent")))
+                # The write may still land, or fail; nothing was sent, and nothing will be.
+                unsent = NotSent("cancelled before it was sent")
+                self._settler.spawn(record.id, self._settler.follow(record, unsent, opened=False))
                 raise
             except JournalError as error:
                 # It may be on record all the same: then recovery finds and voids it, which moves nothing.

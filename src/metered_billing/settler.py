@@ -236,12 +236,17 @@ class Settler:
 
     # Settling, in the background.
 
-    async def follow(self, record: Record, event: Event) -> None:
-        """Put an event on record, then do what is due."""
+    async def follow(self, record: Record, event: Event, *, opened: bool = True) -> None:
+        """Put an event on record, then do what is due.
+
+        Args:
+            opened: Whether the charge itself has come on record: if it may not have, nobody else need have moved it.
+        """
         # An outcome has to be on disk before its refund goes out; all else may be found again.
         after = step(record, event, now=self._runtime.now())
         if not await self._journal.write(record, after, durable=isinstance(event, Lost)):
-            self._telemetry.log(names.LOG_OWNERSHIP_LOST, record)
+            if opened:
+                self._telemetry.log(names.LOG_OWNERSHIP_LOST, record)
         elif after.final:
             self.say_final(after, None)
         else:

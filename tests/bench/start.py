@@ -99,7 +99,7 @@ async def measure(on_disk: Path, in_memory: Path, *, quick: bool, say: Callable[
 
 
 async def _memory(bench: Bench, name: str, quick: bool, say: Callable[[str], None]) -> Row:
-    """By how much an app grows from 5,000 requests on, settled each time."""
+    """By how much an app grows from 20,000 requests on, settled each time: its caches are full by then."""
     variant, pid = BY_NAME[name], bench.app(name).pid
 
     async def requests(many: int) -> int:
@@ -111,7 +111,7 @@ async def _memory(bench: Bench, name: str, quick: bool, say: Callable[[str], Non
             done += round(run.per_second * 1.7)
         return done
 
-    await requests(500 if quick else 5_000)
+    await requests(500 if quick else 20_000)
     before = rss_kib(pid)
     many = await requests(2_000 if quick else 20_000)
     grown = (rss_kib(pid) - before) / many * 10_000

@@ -23,7 +23,7 @@ from metered_billing.journal import JournalError
 from metered_billing.journal import lock as lock_module
 from metered_billing.journal.lock import FileLock
 from metered_billing.journal.sqlite import SCHEMA, SqliteJournal
-from metered_billing.runtime import Runtime
+from metered_billing.runtime import Runtime, one_thread
 from tests.journal.engines import charge, everything, moved
 
 
@@ -476,6 +476,30 @@ async def test_close_while_adopting_leaves_nothing_open(
     await third.start()
     assert await third.adopt(1.0) == 1
     await third.close()
+
+
+async def test_two_that_take_over_one_file_come_to_an_end(journal: SqliteJournal, tmp_path: Path) -> None:
+    """Where its lock was removed meanwhile: one of them has it all, and neither goes on taking from the other."""
+    for number in range(3):
+        await journal.open(charge(journal, f"c{number}"))
+    await journal.close()
+    one, other = SqliteJournal(tmp_path / "one"), SqliteJournal(tmp_path / "other")
+    slots = []
+    thread = one_thread()  # so that they take turns
+    for taker in (one, other):
+        slot = taker._lock(tmp_path / "charges-0.db", thread)
+        assert slot is not None
+        slots.append(slot)
+        (tmp_path / "charges-0.lock").unlink()
+    async with asyncio.timeout(10):
+        lefts = await asyncio.gather(one._take_over(slots[0]), other._take_over(slots[1]))
+    assert set(lefts) == {3}
+    [(owner, many)] = sql(tmp_path / "charges-0.db", "SELECT owner, COUNT(*) FROM charges GROUP BY owner")
+    assert owner in {slot.owner for slot in slots}
+    assert many == 3
+    for slot in slots:
+        await slot.release()
+    thread.shutdown()
 
 
 async def test_charge_is_held_as_long_as_nobody_can_take_its_file(journal: SqliteJournal, tmp_path: Path) -> None:

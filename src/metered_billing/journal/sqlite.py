@@ -349,29 +349,30 @@ class SqliteJournal:
         """Make the unsettled charges of a file ours, and due. Returns how many. Releases it if that fails."""
         due_at = self._runtime.now() if now is None else now
 
-        def prepare(connection: sqlite3.Connection) -> int:
+        def prepare(connection: sqlite3.Connection) -> dict[str, int]:
             prepare_sqlite(connection, SCHEMA)
             self._claim(slot.path, connection)
-            left: int = connection.execute("SELECT COUNT(*) FROM charges WHERE closed_at IS NULL").fetchone()[0]
-            return left
+            unsettled = "SELECT owner, COUNT(*) FROM charges WHERE closed_at IS NULL GROUP BY owner"
+            return dict(connection.execute(unsettled).fetchall())
 
         def take(connection: sqlite3.Connection) -> int:
-            # Not by one statement: with a hundred thousand, requests would wait for it.
+            # Not by one statement: with a hundred thousand, requests would wait for it. And not from whoever takes it
+            # over meanwhile, as where a lock was removed: neither would ever come to an end.
             return sum(
                 connection.execute(
-                    "UPDATE charges SET owner = ?, due_at = ? WHERE id IN"  # noqa: S608
-                    f" (SELECT id FROM charges WHERE closed_at IS NULL AND owner {other} ? LIMIT ?)",
-                    (slot.owner, due_at, slot.owner, AT_A_TIME),
+                    "UPDATE charges SET owner = ?, due_at = ? WHERE id IN"
+                    " (SELECT id FROM charges WHERE closed_at IS NULL AND owner = ? LIMIT ?)",
+                    (slot.owner, due_at, other, AT_A_TIME),
                 ).rowcount
-                for other in "<>"
+                for other in owners
             )
 
         try:
-            left = await slot.run(prepare, durable=True)
+            owners = await slot.run(prepare, durable=True)
             while await slot.run(take, durable=False):
                 pass
             slot.file.lost = weakref.WeakMethod(self._lose)
-            return left
+            return sum(owners.values())
         except BaseException as error:
             if slot.file.corrupt is None:
                 await slot.release()

@@ -333,6 +333,12 @@ def release(world: World, event: Event) -> Callable[[Charge], Awaitable[None]]:
     return step
 
 
+def after_a_while(world: World) -> None:
+    """A charge of a route that is at work for a second; 8 of its 10 succeed."""
+    event = Reported(8, ("a", "b"))
+    outcome(world, lambda charge: asyncio.sleep(1), conclude(world, event), release(world, event))
+
+
 def test_first_conclusion_counts(world: World) -> None:
     """Concluded twice and released twice: the first outcome is refunded, once."""
     outcome(
@@ -599,12 +605,7 @@ def test_confirmed_deduction_that_could_not_be_put_on_record_costs_nobody_anythi
 ) -> None:
     """The route runs already; it is loud, and the outcome comes on record all the same."""
     with striking(world, Accident("fail", where)):
-        outcome(
-            world,
-            lambda charge: asyncio.sleep(1),
-            conclude(world, Reported(8, ("a", "b"))),
-            release(world, Reported(8, ("a", "b"))),
-        )
+        after_a_while(world)
     assert "journal.failed" in caplog.text
     assert world.bank.balance == GRANTED - 8
 
@@ -621,12 +622,7 @@ def test_confirmed_deduction_for_which_the_journal_has_no_room_costs_nobody_anyt
         return write(before, after, durable=durable)
 
     monkeypatch.setattr(world.journal, "write", full)
-    outcome(
-        world,
-        lambda charge: asyncio.sleep(1),
-        conclude(world, Reported(8, ("a", "b"))),
-        release(world, Reported(8, ("a", "b"))),
-    )
+    after_a_while(world)
     assert "operations are waiting" in caplog.text
     assert world.bank.balance == GRANTED - 8
 

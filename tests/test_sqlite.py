@@ -510,28 +510,18 @@ def test_closing_comes_after_what_another_loop_lets_begin(tmp_path: Path) -> Non
     thread.shutdown()
 
 
-async def test_loop_that_stands_still_holds_up_nobody_behind_it(tmp_path: Path, executor: Any) -> None:
+async def test_loop_that_stands_still_holds_up_nobody_behind_it(file: SqliteFile) -> None:
     """What another loop has queued behind its operation is committed, though that loop does nothing any more."""
-    file = SqliteFile(tmp_path / "notes.db", SCHEMA, executor)
-    entered, go_on = threading.Event(), threading.Event()
-
-    def hold(connection: sqlite3.Connection) -> None:
-        entered.set()
-        go_on.wait(5)
-
-    held = file.run(hold)
-    await asyncio.to_thread(entered.wait, 5)
 
     async def leave() -> None:
         file.run(note(1))
 
     still = asyncio.new_event_loop()
-    await asyncio.to_thread(still.run_until_complete, leave())
-    mine = file.run(notes)
-    go_on.set()
     try:
+        async with Held(file):
+            await asyncio.to_thread(still.run_until_complete, leave())
+            mine = file.run(notes)
         async with asyncio.timeout(2):
-            await held
             assert await mine == [1]
     finally:
         still.close()

@@ -229,10 +229,7 @@ class Biller:
                 raise
             except JournalError as error:
                 # It may be on record all the same: then recovery finds and voids it, which moves nothing.
-                self._settler.leave(record)
-                _say_why(operation, "journal", f"journal: {error}")
-                self._telemetry.log(names.LOG_JOURNAL_FAILED, record, exc_info=error)
-                raise CreditsUnavailable(1) from error
+                raise self._not_on_record(record, operation, error) from error
             try:
                 answer = await self._credits.deduct(record)
             except BaseException as error:
@@ -279,15 +276,19 @@ class Biller:
             raise
         except JournalError as error:
             # On record it is still opened, so recovery voids it.
-            self._settler.leave(record)
-            _say_why(operation, "journal", f"journal: {error}")
-            self._telemetry.log(names.LOG_JOURNAL_FAILED, after, exc_info=error)
-            raise CreditsUnavailable(1) from error
+            raise self._not_on_record(after, operation, error) from error
         if not won:
             self._settler.leave(record)
             _say_why(operation, "ownership_lost", "another process has moved the charge")
             self._telemetry.log(names.LOG_OWNERSHIP_LOST, after)
             raise CreditsUnavailable(1)
+
+    def _not_on_record(self, record: Record, operation: Operation, error: JournalError) -> CreditsUnavailable:
+        """Leave the charge to recovery, and say why the route does not run."""
+        self._settler.leave(record)
+        _say_why(operation, "journal", f"journal: {error}")
+        self._telemetry.log(names.LOG_JOURNAL_FAILED, record, exc_info=error)
+        return CreditsUnavailable(1)
 
     def _catch_up(self, charge: Charge, record: Record, after: Record) -> None:
         """Put a confirmed deduction on record, should its request still be running in the next turn of the loop.

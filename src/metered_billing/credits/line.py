@@ -159,8 +159,6 @@ class Line:
         self._tasks.discard(task)
         error = None if task.cancelled() else task.exception()
         for waiting in group:
-            if waiting.told.done():
-                continue
             if isinstance(error, Exception):
                 waiting.fail(error)
             else:

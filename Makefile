@@ -23,7 +23,7 @@ endef
 
 # Two installations into one environment would get in each other's way.
 .NOTPARALLEL:
-.PHONY: demo test quick simulate chaos bench bench-peers check mutants pictures format clean help
+.PHONY: demo test quick simulate chaos bench bench-peers check mutants docs docs-serve pictures format clean help
 
 help: ## Say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -104,6 +104,12 @@ check: $(VENV)/.dev ## Lint and types
 mutants: $(VENV)/.dev ## Change each line that decides about money, and see whether a test notices
 	$(BIN)/python -m tests.mutants $(MUTANTS)
 
+docs: $(VENV)/.dev ## Build the docs as a site, into site/; a broken link ends it
+	$(BIN)/zensical build --strict --clean
+
+docs-serve: $(VENV)/.dev ## Show the docs while you write them, on localhost:8000
+	$(BIN)/zensical serve
+
 # In a font that is made for screens, where Debian has one.
 pictures: $(VENV)/.dev $(VENV)/.demo ## Take the pictures of README and docs anew, by the tests in the browser
 	$(call debian,chromium,chromium fonts-dejavu-core)
@@ -115,4 +121,4 @@ format: $(VENV)/.dev ## Put the code in order
 	$(BIN)/ruff format .
 
 clean: ## Remove what was made here
-	rm -rf $(VENV) $(BENCH) $(PEERS) .bench .demo .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) $(PEERS) .cache site .bench .demo .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis

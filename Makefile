@@ -98,7 +98,7 @@ check: $(VENV)/.dev ## Lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy examples tests docs/examples docs/make_charge.py docs/make_monitoring.py
+	$(BIN)/mypy examples tests docs/examples docs/*.py
 
 # Of a name: `make mutants MUTANTS=charge.py`.
 mutants: $(VENV)/.dev ## Change each line that decides about money, and see whether a test notices

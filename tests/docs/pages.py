@@ -3,7 +3,7 @@
     <!-- file: docs/examples/translate.py -->   the next block is that file, word for word
     ```console                                  commands ($ …) that are run, and their real output
     ```http                                     a request, then its answer, made to the credits service
-    ```sh, ```text, ```json, ```mermaid         not run
+    ```sh, ```text, ```json                     not run
 
 With UPDATE_DOCS=1 the tests write what is real into the pages instead of failing.
 """

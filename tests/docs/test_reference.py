@@ -3,6 +3,7 @@
 import inspect
 import re
 import sys
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from .pages import DOCS, UPDATE, Page, code, table
 
 sys.path.insert(0, str(DOCS))
 import make_charge
+import make_flow
 
 REFERENCE = DOCS / "reference"
 
@@ -36,6 +38,25 @@ def test_charge_page_is_drawn_from_the_table() -> None:
     if UPDATE and made != text:
         make_charge.PAGE.write_text(made, encoding="utf-8")
     assert make_charge.PAGE.read_text(encoding="utf-8") == made
+
+
+@pytest.mark.parametrize("script", [make_charge, make_flow], ids=["make_charge.py", "make_flow.py"])
+def test_diagrams_are_drawn_from_the_code(script: Any) -> None:
+    """The script would change nothing."""
+    for name, drawn in script.pictures().items():
+        picture = script.PICTURES / name
+        if UPDATE:
+            picture.write_text(drawn, encoding="utf-8")
+        assert picture.read_text(encoding="utf-8") == drawn, f"python docs/{script.__name__}.py"
+
+
+def test_diagrams_leave_no_transition_out() -> None:
+    """The whole one has all, and its two halves have them together, each where it begins."""
+    drawn = make_charge.pictures()
+    halves = drawn["charge-deduction.svg"] + drawn["charge-refund.svg"]
+    for text in (drawn["charge.svg"], halves):
+        labels = Counter(re.findall(r'class="label" [^>]*>([^<]*)<', text))
+        assert labels == Counter(occasion for row in TRANSITIONS.values() for occasion in row)
 
 
 def test_charge_page_explains_every_state_and_occasion() -> None:

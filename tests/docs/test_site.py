@@ -78,6 +78,8 @@ class Html(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         found = {name: value or "" for name, value in attrs}
         self.names |= {found.get("id", ""), found.get("name", "")}
+        # It would be drawn by a script that the theme fetches from far away, or not at all.
+        assert not {"mermaid", "language-mermaid"} & set(found.get("class", "").split()), self.path
         if tag == "a":
             self.links.append(found.get("href", ""))
         elif tag == "link" and not {"canonical", "next", "prev"} & set(found.get("rel", "").split()):

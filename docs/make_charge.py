@@ -5,11 +5,11 @@ python docs/make_charge.py
 
 from pathlib import Path
 
+from drawing import states
+
 from metered_billing.charge import FINAL, TRANSITIONS, State
 
 DOCS = Path(__file__).parent
-
-from drawing import states
 
 PAGE = DOCS / "reference" / "charge.md"
 PICTURES = DOCS / "pictures"

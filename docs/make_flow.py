@@ -5,11 +5,11 @@ python docs/make_flow.py
 
 from pathlib import Path
 
+from drawing.sequence import Synced, Tell, draw
+
 from metered_billing.charge import State
 
 DOCS = Path(__file__).parent
-
-from drawing.sequence import Synced, Tell, draw
 
 PICTURES = DOCS / "pictures"
 

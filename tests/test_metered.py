@@ -601,8 +601,10 @@ async def test_current_charge_in_an_unmetered_route_is_a_lookup_error(bench: Sta
     assert (await post(app_with(bench, work))).status_code == 200
 
 
-async def test_request_is_charged_once_even_if_metered_endpoints_call_each_other(bench: Stand) -> None:
-    """The inner one refuses, the outer one fails, and everything goes back."""
+async def test_request_is_charged_once_even_if_metered_endpoints_call_each_other(
+    bench: Stand, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The inner one refuses, the outer one fails, and everything goes back; the log says why."""
 
     @metered(cost=1)
     async def inner() -> None: ...
@@ -613,14 +615,18 @@ async def test_request_is_charged_once_even_if_metered_endpoints_call_each_other
 
     assert (await post(app_with(bench, outer))).status_code == 500
     assert await bench.moves() == [("deduction", -1), ("refund", 1)]
+    assert "charged for already" in caplog.text
 
 
-async def test_metered_endpoint_without_the_middleware_is_a_500(bench: Stand) -> None:
-    """It must not run free by mistake."""
+async def test_metered_endpoint_without_the_middleware_is_a_500(caplog: pytest.LogCaptureFixture) -> None:
+    """It must not run free by mistake; the client is not told why, so the log is."""
     work = Work()
     app = FastAPI()
     app.post("/work")(metered(cost=1)(work))
     assert ((await post(app)).status_code, work.runs) == (500, 0)
+    (told,) = [record.getMessage() for record in caplog.records if record.name == "metered_billing"]
+    assert told.startswith("billing.misconfigured")
+    assert "no MeteredBillingMiddleware" in told
 
 
 async def test_metered_endpoint_outside_any_request_raises() -> None:

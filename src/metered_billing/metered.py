@@ -33,6 +33,7 @@ from metered_billing.middleware import (
 from metered_billing.outcomes import Paid, compile_path, cost_of, from_returned
 from metered_billing.problems import answer
 from metered_billing.routes import METERED, METERED_BY
+from metered_billing.telemetry import Telemetry
 
 Units = int | Mapping[str, int] | Mapping[int, int]
 Cost = int | Callable[..., Units | Awaitable[Units]]
@@ -186,7 +187,7 @@ class Terms:
                     billing.telemetry.log(names.LOG_MISCONFIGURED, exc_info=error, endpoint=self._name, reason=why)
                 return answer(error, self.offer.bind(args, kwargs, exchange.scope).request.scope)
             if not exchange.begin(charge, self._path, self._on_disconnect):
-                raise BillingMisconfigured(f"{self._name}: its request had ended before it was paid for")
+                raise self._misused(billing.telemetry, "was called from a task whose request had ended")
             try:
                 if self._is_async:
                     returned = await self._endpoint(*args, **kwargs)
@@ -216,16 +217,24 @@ class Terms:
         """
         exchange = EXCHANGE.get()
         if exchange is None:
-            raise BillingMisconfigured(
-                f"{self._name} is metered, but this app has no MeteredBillingMiddleware, or this is no request;"
-                " the plain function is its __wrapped__"
+            raise self._misused(
+                Telemetry(),
+                "is metered, but this app has no MeteredBillingMiddleware, or this is no request;"
+                " the plain function is its __wrapped__",
             )
         if not exchange.claim():
-            raise BillingMisconfigured(
-                f"{self._name} was called within a request that is charged for already, or from a task that it"
-                " left behind; a request is charged once: call the plain function, its __wrapped__"
+            raise self._misused(
+                exchange.billing.telemetry,
+                "was called within a request that is charged for already, or from a task that it"
+                " left behind; a request is charged once: call the plain function, its __wrapped__",
             )
         return exchange
+
+    def _misused(self, telemetry: Telemetry, why: str) -> BillingMisconfigured:
+        # The framework answers it, by a 500 that tells nobody why: so the log has to.
+        error = BillingMisconfigured(f"{self._name} {why}")
+        telemetry.log(names.LOG_MISCONFIGURED, endpoint=self._name, reason=error.why)
+        return error
 
     async def _priced(self, call: Bound, default: Callable[..., Any] | None) -> tuple[Paid, Account | None]:
         """What the request costs, and who pays.

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import typer
 
+import metered_billing
 from metered_billing import HttpCredits, MeteredBillingMiddleware, Settings, SqlCredits, metered
 from metered_billing.charge import TRANSITIONS, Account, Record, State
 from metered_billing.cli.commands import app as command_line
@@ -129,6 +130,15 @@ def test_response_headers_are_on_the_page() -> None:
     assert {code(row[0])[0].lower() for row in rows} == sent
     example = (DOCS / "examples" / "cors.py").read_text(encoding="utf-8").lower()
     assert all(f'"{header}"' in example for header in sent)
+
+
+# api.md
+
+
+def test_public_names_are_on_the_page() -> None:
+    """All of them; and what a service with other paths and fields overrides."""
+    shown = {name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)$", Page(REFERENCE / "api.md").text, re.M)}
+    assert shown == {*metered_billing.__all__, "Contract", "Call", "Reply"}
 
 
 # cli.md

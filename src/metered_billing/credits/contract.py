@@ -157,6 +157,7 @@ class Contract:
     # Which call to make.
 
     def deduction(self, record: Record) -> Call:
+        """Take the amount, under the charge's id."""
         body: dict[str, Any] = {**_account(record), "amount": record.amount_credits}
         if record.request_id is not None:
             body["request_id"] = record.request_id
@@ -165,6 +166,7 @@ class Contract:
         return Call("POST", "/v1/deductions", body, key=record.id)
 
     def refund(self, record: Record) -> Call:
+        """Give `refund_credits` back against the charge's transaction, under its `refund_key`."""
         body: dict[str, Any] = {
             "amount": record.refund_credits,
             "reason": _readable(record.reason or "failed items"),
@@ -194,6 +196,7 @@ class Contract:
         return "/v1/batch", b'{"operations":[' + b",".join(operations) + b"]}"
 
     def transactions(self, tenant_id: str, user_id: str | None, cursor: str | None, limit: int) -> Call:
+        """A page of the account's transactions, the latest first; a cursor comes from the page before."""
         params: dict[str, str | int] = {"tenant_id": tenant_id, "limit": limit}
         if user_id is not None:
             params["user_id"] = user_id
@@ -204,6 +207,7 @@ class Contract:
     # What an answer means. `Unknown` and `Unanswered` here mean: heard, and no wiser.
 
     def read_deduction(self, record: Record, reply: Reply) -> DeductAnswer:
+        """Whether the credits were taken; a reply that does not say so for certain is `Unknown`."""
         if reply.status in (200, 201):
             answer = parse(_DeductionAnswer, reply.body)
             ours = (None, record.account.tenant_id)
@@ -224,6 +228,7 @@ class Contract:
         return Unknown(str(reply), misconfigured=wrong)
 
     def read_refund(self, record: Record, reply: Reply) -> RefundAnswer:
+        """Whether they are back; `Refused` only where the service itself said no, for good."""
         if reply.status in (200, 201):
             answer = parse(_RefundAnswer, reply.body)
             ours = (None, record.transaction_id)
@@ -235,6 +240,7 @@ class Contract:
         return _refused(reply)
 
     def read_void(self, record: Record, reply: Reply) -> VoidAnswer:
+        """Whether the deduction is undone, or the service has no voids."""
         if reply.status in (200, 201):
             answer = parse(_VoidAnswer, reply.body)
             if answer is None:

@@ -26,7 +26,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def start_service(
-    directory: Path, database: str = "sqlite:///credits.db"
+    directory: Path, database: str = "sqlite:///credits.db", *options: str
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Start it in the directory, wait until it is well, kill it afterwards.
 
@@ -37,7 +37,7 @@ def start_service(
     url = f"http://127.0.0.1:{port}"
     main = "from metered_billing.cli import main; main()"
     with subprocess.Popen(
-        [sys.executable, "-c", main, "serve", "--port", str(port), "--database", database],
+        [sys.executable, "-c", main, "serve", "--port", str(port), "--database", database, *options],
         cwd=directory,
         env={**os.environ, "METERED_BILLING_TOKENS": TOKENS},
         stdout=subprocess.DEVNULL,

@@ -4,8 +4,11 @@ Servers run in threads, the command line in this process: what is shown is real,
 """
 
 import asyncio
+import base64
 import contextlib
+import hashlib
 import importlib.util
+import itertools
 import os
 import shlex
 import shutil
@@ -23,7 +26,7 @@ import uvicorn
 
 from metered_billing import cli, settled
 from metered_billing.ledger import Ledger
-from metered_billing.service import Tokens, create_app
+from metered_billing.service import TokenFile, Tokens, create_app
 from metered_billing.settler import _SETTLERS
 from tests.serving import free_port
 
@@ -46,6 +49,9 @@ class Sandbox:
         monkeypatch.syspath_prepend(str(directory))
         for name in [name for name in os.environ if name.startswith(("METERED_BILLING", "OTEL_"))]:
             monkeypatch.delenv(name)
+        # Secrets that are the same each time, so that what a page shows of one can be used further down.
+        numbers = itertools.count()
+        monkeypatch.setattr("secrets.token_urlsafe", lambda size: _secret(next(numbers), size))
 
     def run(self, command: str) -> str:
         """What a command prints."""
@@ -95,7 +101,9 @@ class Sandbox:
     def _metered_billing(self, words: list[str]) -> str:
         if words[0] == "serve":
             options = dict(zip(words[1::2], words[2::2], strict=True))
-            tokens = Tokens.load(Path(file) if (file := options.get("--tokens-file")) else None, os.environ)
+            file = options.get("--tokens-file")
+            # Nobody types as fast as this does: what has changed counts at once.
+            tokens = Tokens.load() if file is None else TokenFile(self._directory / file, look_again_s=0)
             ledger = Ledger(options.get("--database", "sqlite:///credits.db"))
             self._serve("serve", create_app(ledger, tokens), self._ports[8080])
             return ""
@@ -161,6 +169,11 @@ class Sandbox:
         for shown, real in self._ports.items():
             text = text.replace(f":{real}", f":{shown}")
         return text
+
+
+def _secret(number: int, size: int) -> str:
+    digest = hashlib.sha256(f"a secret of the docs: {number}".encode()).digest()
+    return base64.urlsafe_b64encode(digest[:size]).rstrip(b"=").decode()
 
 
 async def _as_slow_as_people() -> None:

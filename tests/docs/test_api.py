@@ -34,8 +34,10 @@ async def test_examples_are_what_the_service_answers(tmp_path: Path) -> None:
     """Each request, and the answer below it, byte for byte but for white space."""
     times, names = clock(), ids()
     ledger = Ledger(tmp_path / "credits.db", Runtime(now=lambda: next(times), new_id=lambda: next(names)))
-    tokens = Tokens({"admin-token": "admin", "app-token": "*", "other-tenants-token": "tenant:other"})
-    transport = httpx.ASGITransport(create_app(ledger, tokens))
+    tokens = Tokens.of_lines(
+        "admin-token admin\napp-token *\nother-tenants-token tenant:other\nexpired-token expires=2026-01-01 *"
+    )
+    transport = httpx.ASGITransport(create_app(ledger, tokens, runtime=Runtime(now=lambda: 1_772_357_400.0)))
     page = Page(PAGE)
     examples = [block for block in page.blocks if block.language == "http"]
     assert len(examples) % 2 == 0
@@ -76,17 +78,26 @@ async def test_errors_come_in_the_order_of_the_page(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "credits.db")
     tokens = Tokens({"admin-token": "admin", APP: "*", OTHER: "tenant:other"})
     transport = httpx.ASGITransport(create_app(ledger, tokens, max_body_bytes=1000))
+    once = Runtime(monotonic=lambda: 0.0)
+    limited = httpx.ASGITransport(create_app(ledger, tokens, max_body_bytes=1000, max_calls_per_s=1, runtime=once))
     order = [code(row[2])[0] for row in table(Page(PAGE), "Errors")]
     seen: list[str] = []
     async with httpx.AsyncClient(transport=transport, base_url="http://credits") as client:
 
-        async def ask(path: str, body: object, key: str | None = "k", token: str = APP, method: str = "POST") -> str:
+        async def ask(
+            path: str,
+            body: object,
+            key: str | None = "k",
+            token: str = APP,
+            method: str = "POST",
+            through: httpx.AsyncClient = client,
+        ) -> str:
             """The name of the problem, or an empty text."""
             headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
             if key is not None:
                 headers["Idempotency-Key"] = key
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
-            answer = await client.request(method, path, content=content, headers=headers)
+            answer = await through.request(method, path, content=content, headers=headers)
             name = str(answer.json().get("type", "")).removeprefix("urn:metered-billing:")
             seen.append(name)
             return name
@@ -103,6 +114,10 @@ async def test_errors_come_in_the_order_of_the_page(tmp_path: Path) -> None:
         seen.clear()
         huge = {"tenant_id": "acme", "amount": 1, "reason": "x" * 2000}
         refund = {"amount": 100, "reason": "test"}
+        async with httpx.AsyncClient(transport=limited, base_url="http://credits") as crowd:
+            await ask("/v1/deductions", huge, token="unknown", through=crowd)
+            assert seen.pop() == "unauthorized"
+            await ask("/v1/deductions", huge, token="unknown", through=crowd)
         await ask("/v1/deductions", huge, token="unknown")
         await ask("/v1/nothing", huge)
         await ask("/v1/nothing", {}, method="PUT")

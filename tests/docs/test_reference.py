@@ -153,6 +153,9 @@ def command_named(name: str) -> Any:
 
 COMMANDS = [
     "serve",
+    "token new",
+    "token list",
+    "token revoke",
     "grant",
     "balance",
     "transactions",

@@ -11,7 +11,13 @@ from fastapi import FastAPI
 from metered_billing.ledger import Ledger
 from metered_billing.service import Tokens, create_app
 
-TOKENS = {"admin-token": "admin", "all-token": "*", "acme-token": "tenant:acme"}
+TOKENS = {
+    "admin-token": "admin",
+    "all-token": "*",
+    "acme-token": "tenant:acme",
+    "read-token": "read",
+    "acme-read-token": "read:tenant:acme",
+}
 
 Connect = Callable[[str | None], httpx.AsyncClient]
 

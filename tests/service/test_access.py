@@ -24,7 +24,7 @@ def name(response: httpx.Response) -> str:
     return str(response.json()["type"]).removeprefix("urn:metered-billing:")
 
 
-@pytest.mark.parametrize("token", ["all-token", "acme-token"])
+@pytest.mark.parametrize("token", ["all-token", "acme-token", "read-token", "acme-read-token"])
 async def test_grant_needs_an_admin(connect: Connect, token: str) -> None:
     """A token that moves credits cannot make them."""
     response = await grant(connect(token), "acme")
@@ -59,6 +59,44 @@ async def test_another_tenant_that_is_named_is_forbidden(
     """403, whether the tenant exists or not."""
     response = await connect("acme-token").request(method, path, json=body, headers=KEY)
     assert (response.status_code, name(response)) == (403, "forbidden")
+
+
+@pytest.mark.parametrize("token", ["read-token", "acme-read-token"])
+async def test_token_that_reads_moves_nothing(connect: Connect, admin: httpx.AsyncClient, token: str) -> None:
+    """403 to each call that would, alone and in a batch, also where the transaction is unknown; it sees all."""
+    await grant(admin, "acme")
+    transaction = (await deduct(admin, "acme")).json()["transaction_id"]
+    reader = connect(token)
+    refund = {"amount": 2, "reason": "test"}
+    void = {"tenant_id": "acme", "idempotency_key": "charge-1"}
+    refused = [
+        await deduct(reader, "acme"),
+        await deduct(reader, "acme", "new"),
+        await reader.post(f"/v1/deductions/{transaction}/refunds", json=refund, headers=KEY),
+        await reader.post("/v1/deductions/nope/refunds", json=refund, headers=KEY),
+        await reader.post("/v1/voids", json=void),
+    ]
+    assert [(answer.status_code, name(answer)) for answer in refused] == [(403, "forbidden")] * 5
+    operations = [
+        {"op": "deduct", "tenant_id": "acme", "amount": 1, "idempotency_key": "k1"},
+        {"op": "refund", "transaction_id": transaction, "amount": 1, "reason": "x", "idempotency_key": "k2"},
+        {"op": "void", **void},
+    ]
+    answer = await reader.post("/v1/batch", json={"operations": operations})
+    assert [result["status"] for result in answer.json()["results"]] == [403, 403, 403]
+    assert (await reader.get("/v1/balance?tenant_id=acme")).json() == {"balance": 90}
+    assert (await reader.get(f"/v1/transactions/{transaction}")).json()["refunds"] == []
+    assert len((await reader.get("/v1/transactions?tenant_id=acme")).json()["items"]) == 2
+
+
+async def test_token_that_reads_one_tenant_sees_no_other(connect: Connect, admin: httpx.AsyncClient) -> None:
+    """As one that moves credits of one tenant."""
+    await grant(admin, "globex")
+    transaction = (await deduct(admin, "globex")).json()["transaction_id"]
+    for token, status in (("acme-read-token", [403, 403, 404]), ("read-token", [200, 200, 200])):
+        reader = connect(token)
+        paths = ["balance?tenant_id=globex", "transactions?tenant_id=globex", f"transactions/{transaction}"]
+        assert [(await reader.get(f"/v1/{path}")).status_code for path in paths] == status
 
 
 async def test_another_tenants_transaction_is_not_found(connect: Connect, admin: httpx.AsyncClient) -> None:

@@ -10,7 +10,7 @@ import typer
 import uvicorn
 
 from metered_billing.charge import MAX_AMOUNT
-from metered_billing.cli import charges, terminal
+from metered_billing.cli import charges, terminal, tokens
 from metered_billing.cli.conformance import conformance
 from metered_billing.cli.failure import Failure
 from metered_billing.cli.migrate import migrate
@@ -18,12 +18,14 @@ from metered_billing.cli.monitoring import monitoring
 from metered_billing.cli.options import AnyUser, AsJson, CreditsUrl, Tenant, Token, User
 from metered_billing.cli.reconcile import reconcile
 from metered_billing.cli.recover import recover
+from metered_billing.cli.serving import bounded_http
 from metered_billing.cli.source import Document, Source, open_source
 from metered_billing.cli.telemetry import Exports, Server
 from metered_billing.ledger import Grant, Ledger, LedgerError
 from metered_billing.ledger.store import MAX_PAGE
 from metered_billing.runtime import new_uuid7
-from metered_billing.service import InvalidTokens, Tokens, create_app
+from metered_billing.service import InvalidTokens, create_app, open_tokens
+from metered_billing.service.limits import MAX_CALLS, Load
 from metered_billing.telemetry import Telemetry
 
 _NO_SERVICE = "That is an answer, but not a credits service's."
@@ -40,6 +42,7 @@ app = typer.Typer(
 )
 
 app.add_typer(charges.app, name="charges")
+app.add_typer(tokens.app, name="token")
 app.command()(charges.explain)
 app.command()(migrate)
 app.command()(conformance)
@@ -56,12 +59,16 @@ def serve(
     host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8080,
     tokens_file: Annotated[
-        Path | None, typer.Option(help="A token a line: SECRET SCOPE. Else METERED_BILLING_TOKENS.")
+        Path | None, typer.Option(help="A token a line, as `token new` makes them. Else METERED_BILLING_TOKENS.")
     ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="The most calls a second with one token, a batch being one; else unbounded.")
+    ] = None,
+    max_calls: Annotated[int, typer.Option(min=1, help="The most calls at the same time, of all tokens.")] = MAX_CALLS,
 ) -> None:
     """Run the credits service over a ledger. Stop it with Ctrl-C."""
     try:
-        tokens = Tokens.load(tokens_file)
+        known = open_tokens(tokens_file)
         ledger = Ledger(database, committed=Telemetry().committed("ledger"))
     except InvalidTokens as error:
         raise Failure(f"{error}.", 2) from None
@@ -69,12 +76,18 @@ def serve(
         raise Failure(f"--database: {error}.", 2) from None
     except ImportError as error:
         raise Failure(f"{error}.") from None
+    try:
+        service = create_app(ledger, known, max_calls_per_s=rate, load=Load(max_calls))
+    except ValueError as error:
+        raise Failure(f"--rate: {error}.", 2) from None
     exports = Exports()
     exports.set_up()
     config = uvicorn.Config(
-        create_app(ledger, tokens),
+        service,
         host=host,
         port=port,
+        http=bounded_http(),
+        ws="none",
         timeout_graceful_shutdown=GRACE_S,
         server_header=False,
     )

@@ -15,6 +15,7 @@ import uvicorn
 from opentelemetry import metrics, trace
 
 from metered_billing.cli.failure import Failure
+from metered_billing.cli.serving import PatientServer
 from metered_billing.cli.terminal import complain
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class Exports:
         flushing.join(FLUSH_WITHIN_S if within_s is None else within_s)
 
 
-class Server(uvicorn.Server):
+class Server(PatientServer):
     """Sends its last spans before it leaves: SIGTERM ends the process as soon as uvicorn has shut down."""
 
     def __init__(self, config: uvicorn.Config, exports: Exports) -> None:

@@ -36,6 +36,11 @@ def complain(sentence: str) -> None:
     Console(stderr=True).print(Text(f"metered-billing: {clean(sentence)}"), soft_wrap=True)
 
 
+def note(sentence: str) -> None:
+    """Print a sentence beside what a script reads from stdout."""
+    Console(stderr=True).print(Text(clean(sentence)), soft_wrap=True)
+
+
 def say_json(document: Any) -> None:
     """Print JSON, in ASCII, so that it too is obeyed by no terminal."""
     sys.stdout.write(json.dumps(document, indent=2) + "\n")

@@ -6,7 +6,7 @@ from typing import Any
 from metered_billing.ledger import Answer, Command, Ledger, Refund
 from metered_billing.service.bodies import Malformed, Operation
 from metered_billing.service.perform import perform_all, result_of
-from metered_billing.service.problems import forbidden, invalid
+from metered_billing.service.problems import READS_ONLY, forbidden, invalid
 from metered_billing.service.tokens import Access
 
 
@@ -33,6 +33,8 @@ async def results(
 def _command(operation: Operation | Malformed, access: Access) -> Command | Answer:
     if isinstance(operation, Malformed):
         return invalid(operation.errors).answer
+    if not access.moves:
+        return forbidden(READS_ONLY).answer
     try:
         command = operation.to_command(access.tenant_id)
     except ValueError as error:

@@ -32,6 +32,8 @@ _TITLES: Mapping[str, tuple[int, str]] = {
     "method-not-allowed": (405, "Method not allowed"),
     "body-too-large": (413, "Body too large"),
     "invalid-request": (422, "Invalid request"),
+    "rate-limited": (429, "Too many requests"),
+    "overloaded": (503, "Overloaded"),
     "internal-error": (500, "Internal error"),
     "ledger-unavailable": (503, "Ledger unavailable"),
 }
@@ -94,12 +96,19 @@ def invalid(errors: Sequence[Mapping[str, str]]) -> Problem:
     return Problem("invalid-request", f"{detail}.", errors=listed)
 
 
-def unauthorized() -> Problem:
-    return Problem(
-        "unauthorized",
-        "Send a token that this service knows: Authorization: Bearer TOKEN.",
-        headers={"WWW-Authenticate": "Bearer"},
-    )
+def unauthorized(
+    why: str = "Send a token that this service knows: Authorization: Bearer TOKEN.", error: str | None = None
+) -> Problem:
+    """401.
+
+    Args:
+        error: RFC 6750's word for what is wrong with the token.
+    """
+    challenge = "Bearer" if error is None else f'Bearer error="{error}"'
+    return Problem("unauthorized", why, headers={"WWW-Authenticate": challenge})
+
+
+READS_ONLY = "This token may only read."
 
 
 def forbidden(why: str = "This token is for another tenant.") -> Problem:

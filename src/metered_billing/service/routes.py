@@ -16,6 +16,7 @@ from metered_billing.service.batch import results
 from metered_billing.service.guard import ACCESS
 from metered_billing.service.perform import perform
 from metered_billing.service.problems import (
+    READS_ONLY,
     ProblemResponse,
     documented,
     forbidden,
@@ -74,15 +75,18 @@ UserId = Annotated[
 TransactionId = Annotated[bodies.Id, Path()]
 
 _COMMON = (
-    (401, "unauthorized", "there is no token, or the service does not know it."),
+    (401, "unauthorized", "there is no token, it has expired, or the service does not know it."),
+    (429, "rate-limited", "too many calls; nothing was done, and `Retry-After` says when to repeat it."),
     (422, "invalid-request", "`errors` names each field that is wrong, and why."),
     (503, "ledger-unavailable", "the ledger gives no answer; repeat the request under the same key."),
+    (503, "overloaded", "too many calls are under way; nothing was done."),
 )
 _BODY = (
     (400, "invalid-request", "the body is not JSON in UTF-8."),
     (413, "body-too-large", "1 MiB, and for a batch 8 MiB, is the most."),
 )
-_TENANT = ((403, "forbidden", "the token is for another tenant."),)
+_TENANT = ((403, "forbidden", "the token is for another tenant, or may only read."),)
+_MOVES = ((403, "forbidden", "the token may only read."),)
 _REUSED = ((422, "idempotency-key-reused", "the key was used with another payload or operation."),)
 _VOIDED = ((409, "charge-voided", "the deduction was voided."),)
 _UNKNOWN = ((404, "not-found", "there is no such transaction, or not for this token."),)
@@ -124,6 +128,7 @@ async def deduct(
     body: bodies.DeductionBody, key: TheKey, access: TheAccess, ledger: TheLedger, request: Request
 ) -> Response:
     """Take credits from an account, at most once a key. A refusal (402) is remembered under the key too."""
+    _require_moves(access)
     _require_tenant(access, body.tenant_id)
     return await _perform(ledger, body.command(key), request)
 
@@ -136,6 +141,7 @@ async def deduct(
     | documented(
         *_COMMON,
         *_BODY,
+        *_MOVES,
         *_REUSED,
         *_VOIDED,
         *_UNKNOWN,
@@ -151,6 +157,7 @@ async def refund(
     request: Request,
 ) -> Response:
     """Give credits of a deduction back to its account, at most once a key."""
+    _require_moves(access)
     return await _perform(ledger, body.command(key, transaction_id, access.tenant_id), request)
 
 
@@ -164,6 +171,7 @@ async def void(body: bodies.VoidBody, access: TheAccess, ledger: TheLedger, requ
 
     What earlier refunds left is given back. Again: the same answer, and nothing moves.
     """
+    _require_moves(access)
     _require_tenant(access, body.tenant_id)
     return await _perform(ledger, body.command(), request)
 
@@ -274,6 +282,11 @@ def _response(answer: Answer) -> Response:
     headers = {REPLAYED: "true"} if answer.replayed else None
     kind = JSONResponse if answer.done else ProblemResponse
     return kind(dict(answer.body), answer.status, headers)
+
+
+def _require_moves(access: Access) -> None:
+    if not access.moves:
+        raise forbidden(READS_ONLY)
 
 
 def _require_tenant(access: Access, tenant_id: str) -> None:

@@ -69,7 +69,8 @@ def _may_be_short(scope: Scope) -> bool:
     return (
         scope["type"] == "http"
         and scope["method"] == "POST"
-        and scope.get(ACCESS) is not None
+        and (access := scope.get(ACCESS)) is not None
+        and access.moves
         # Where a server's span has begun, it takes its name from the route.
         and "fastapi.telemetry" not in scope
         and not trace.get_current_span().get_span_context().is_valid

@@ -32,6 +32,7 @@ from metered_billing.charge import (
     Event,
     FindAnswer,
     Found,
+    NoLookup,
     NotFound,
     NotSent,
     NoVoid,
@@ -149,6 +150,7 @@ class Bank:
     remembers_declines: bool = True
     realm: str = ""
     has_voids: bool = True
+    has_list: bool = True
     balance: int = GRANTED
     faults: dict[str, list[Fault]] = field(default_factory=dict)
     always: dict[str, Fault] = field(default_factory=dict)
@@ -223,7 +225,7 @@ class Bank:
         if record.id in self.declined or record.amount_credits > self.balance:
             if self.remembers_declines:
                 self.declined.add(record.id)
-            return Declined(self.balance, certain=self.remembers_declines)
+            return Declined(self.balance, forgotten=not self.remembers_declines)
         self.balance -= record.amount_credits
         self.taken[record.id] = record.amount_credits
         return Deducted(f"tx-{record.id}", self.balance)
@@ -256,6 +258,8 @@ class Bank:
         return Voided(left)
 
     def _find(self, record: Record) -> FindAnswer:
+        if not self.has_list:
+            return NoLookup()
         return Found(f"tx-{record.id}") if record.id in self.taken else NotFound()
 
     def kept(self, charge_id: str) -> int:

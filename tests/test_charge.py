@@ -386,10 +386,10 @@ def test_record_begins_with_nothing_done() -> None:
 
 
 def test_answers_say_no_more_than_they_were_told() -> None:
-    """Unless it is said, an answer is nobody's mistake, moved nothing, was sent and was not a decline."""
+    """Unless it is said, an answer is nobody's mistake, moved nothing, was sent, and tells of no decline."""
     assert not Unknown("timed out").misconfigured
     assert Voided().refunded_credits == 0
-    assert (Unanswered("timed out").sent, Unanswered("timed out").declined) == (True, False)
+    assert (Unanswered("timed out").sent, Unanswered("timed out").declined) == (True, None)
 
 
 def test_refund_key_is_the_charges_own() -> None:

@@ -478,6 +478,88 @@ def test_without_voids_a_resend_in_doubt_is_sent_again(
     world.holds()
 
 
+class TestNothingToLookIn:
+    """No voids, no list of transactions, and declines are forgotten: the deduction is asked for once more."""
+
+    def wait(self, world: World, *resends: Any, balance: int = 5, in_between: Any = None) -> list[float]:
+        """An unheard-of deduction, its resend declined; then, five minutes later, these. When each was sent."""
+        without_voids(world, LOST, remembers=False)
+        world.bank.has_list, world.bank.balance = False, balance
+        times = call_times(world, "deduct")
+
+        async def main() -> None:
+            with pytest.raises(BillingError):
+                await world.serve()
+            await settled()
+            world.bank.faults["deduct"] = list(resends)
+            if in_between is not None:
+                in_between()
+            await world.quiet()
+            await world.biller.drain(1.0)
+
+        world.run(main)
+        return times
+
+    def test_declined_again_is_the_end(self, world: World) -> None:
+        """Nothing was taken in five minutes without a call, so nothing is under way."""
+        times = self.wait(world)
+        assert calls(world) == ["deduct", "void", "deduct", "void", "find", "deduct"]
+        assert 300 <= times[2] - times[1] < 302
+        assert (world.bank.balance, final(world)[0][0]) == (5, "voided")
+
+    def test_what_arrived_in_between_is_refunded(self, world: World) -> None:
+        """Its transaction comes back under its key."""
+
+        def arrives() -> None:
+            world.bank.balance += 100
+            world.bank.take(Record(id=world.bank.calls[0][1], account=ANN, amount_credits=10, units=10, opened_at=0))
+
+        self.wait(world, in_between=arrives)
+        assert calls(world)[-3:] == ["find", "deduct", "refund"]
+        assert (world.bank.balance, final(world)[0][0]) == (105, "settled")
+
+    @pytest.mark.parametrize(
+        "answer", [Unknown("timed out"), Declined(5, after_unknown=True), Declined(5, certain=False)]
+    )
+    def test_doubt_begins_anew(self, world: World, answer: Any) -> None:
+        """A resend without an answer of the service's own may be under way itself: five quiet minutes more."""
+        times = self.wait(world, Fault(answer))
+        assert times[-1] - times[2] >= 300
+        assert final(world)[0][0] == "voided"
+
+    def test_process_that_dies_in_the_resend_begins_anew(self, world: World) -> None:
+        """Before it is sent, it is on record that a copy may be under way."""
+        begun: list[bool] = []
+        write = world.journal.write
+
+        def watched(before: Record, after: Record, *, durable: bool) -> Any:
+            if before.declined_at is not None and after.declined_at is None:
+                begun.append(durable and calls(world)[-1] == "find")
+            return write(before, after, durable=durable)
+
+        world.journal.write = watched  # type: ignore[method-assign]
+        self.wait(world)
+        assert begun == [True]
+
+    def test_charge_that_another_has_taken_is_let_go(self, world: World) -> None:
+        """It is not sent."""
+        write = world.journal.write
+
+        async def taken() -> bool:
+            return False
+
+        def watched(before: Record, after: Record, *, durable: bool) -> Any:
+            if before.declined_at is not None and after.declined_at is None and not lost:
+                lost.append(after.id)
+                return taken()
+            return write(before, after, durable=durable)
+
+        lost: list[str] = []
+        world.journal.write = watched  # type: ignore[method-assign]
+        self.wait(world)
+        assert calls(world) == ["deduct", "void", "deduct", "void", "find", "void", "find", "deduct"]
+
+
 def test_look_up_without_an_answer_is_repeated(world: World) -> None:
     """Still without sending the deduction again."""
     without_voids(world, LOST, Fault(Declined(5, certain=False)), remembers=False)

@@ -264,17 +264,24 @@ class Deducted(Event):
 class Declined(Event):
     """Too few credits; nothing moved.
 
-    `certain` where the service remembers declines and no earlier attempt is unknown. Otherwise a copy of
-    the request may still arrive and succeed, so the deduction has to be voided. `after_unknown` is the
-    second of the two reasons alone: then not even the client can be told that it was declined.
+    That is the end of it, but for three reasons to undo the deduction all the same, each of which stands alone:
+
+    Attributes:
+        balance: What the account holds, in credits, where the service tells it.
+        certain: False: it may not have been the service that spoke.
+        after_unknown: An earlier attempt went unanswered, and may yet arrive and be paid. Then not even the client
+            can be told that it was declined.
+        forgotten: The service does not keep declines: a copy may yet arrive and be paid.
     """
 
     balance: int | None = None
     certain: bool = True
     after_unknown: bool = False
+    forgotten: bool = False
 
     def occasion_for(self, record: Record) -> str:
-        return "declined" if self.certain and not self.after_unknown else "declined, in doubt"
+        last_word = self.certain and not self.after_unknown and not self.forgotten
+        return "declined" if last_word else "declined, in doubt"
 
     def changes(self, record: Record) -> dict[str, Any]:
         return {"reason": "insufficient credits"}
@@ -445,13 +452,14 @@ class Unanswered:
     """A refund, void or look-up without an answer that counts. Not an event: it is tried again, for ever.
 
     `sent` is False where no connection existed, so that the rest of a round need not be tried either.
-    `declined`: see `Settler._undo_without_void`.
+    `declined`: whether a resent deduction was declined just now; None: nothing was heard of that. See
+    `Settler._undo_without_void`.
     """
 
     reason: str
     retry_after_s: float | None = None
     sent: bool = True
-    declined: bool = False
+    declined: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -459,9 +467,14 @@ class NoVoid:
     """The service has no voids. Not an event: see `Settler._undo_without_void`."""
 
 
+@dataclass(frozen=True, slots=True)
+class NoLookup:
+    """The service has no list of transactions to look in. Not an event: see `Settler._undo_without_void`."""
+
+
 RefundAnswer = Refunded | AlreadyVoided | Refused | Unanswered
 VoidAnswer = Voided | Refused | NoVoid | Unanswered
-FindAnswer = Found | NotFound | Unanswered
+FindAnswer = Found | NotFound | NoLookup | Unanswered
 
 
 def step(record: Record, event: Event, *, now: float) -> Record:

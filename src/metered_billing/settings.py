@@ -8,6 +8,7 @@ from pydantic import SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from metered_billing.credits import Credits
+from metered_billing.credits.contract import Contract
 from metered_billing.credits.http import HttpCredits
 from metered_billing.credits.sql import SqlCredits
 from metered_billing.journal import Journal
@@ -36,8 +37,18 @@ class Settings(BaseSettings):
     journal: str = "metered-billing-journal"
 
 
-def open_credits(url: str, token: SecretStr | None, runtime: Runtime, telemetry: Telemetry) -> Credits:
+def open_credits(
+    url: str,
+    token: SecretStr | None,
+    runtime: Runtime,
+    telemetry: Telemetry,
+    *,
+    contract: Contract | None = None,
+) -> Credits:
     """The client that a URL asks for; nothing is connected yet.
+
+    Args:
+        contract: For a service of another shape, over HTTP.
 
     Raises:
         ValueError: It is not a URL that credits can be had from.
@@ -45,7 +56,9 @@ def open_credits(url: str, token: SecretStr | None, runtime: Runtime, telemetry:
     """
     scheme = url.partition(":")[0].lower()
     if scheme in ("http", "https"):
-        return HttpCredits(url, token=token, runtime=runtime, telemetry=telemetry)
+        return HttpCredits(url, token=token, contract=contract, runtime=runtime, telemetry=telemetry)
+    if contract is not None:
+        raise ValueError("a contract is for credits at an http(s):// URL")
     if url.startswith((SQLITE, *POSTGRES)):
         return SqlCredits(url, runtime=runtime, telemetry=telemetry)
     raise ValueError(

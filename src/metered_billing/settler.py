@@ -24,6 +24,7 @@ from metered_billing.charge import (
     Event,
     Found,
     Lost,
+    NoLookup,
     NotFound,
     NotSent,
     NoVoid,
@@ -312,23 +313,32 @@ class Settler:
 
         A decline is the end of it where declines are remembered, and where it is the service's own. Where they
         are forgotten a copy may still be under way: look once more, without sending, when it cannot be any longer.
+        Where there is nothing to look in, ask once more then: whatever had arrived in between is told.
         """
+        quiet = record.declined_at is not None
         if record.declined_at is not None:
             early_s = record.declined_at + LOOK_AGAIN_AFTER_S - self._runtime.now()
             if early_s > 0:  # adopted: what is adopted is due at once
                 return Unanswered("declined; looking again later", retry_after_s=min(early_s, LOOK_AGAIN_AFTER_S))
-            return await self._credits.find(record)
+            found = await self._credits.find(record)
+            if not isinstance(found, NoLookup):
+                return found
+            # From here on a copy may be under way again: whoever goes on after a crash has to wait again, too.
+            if not await self._journal.write(record, replace(record, declined_at=None), durable=True):
+                return Unanswered("somebody else has it")
         answer = await self._credits.deduct(record)
         if isinstance(answer, Deducted):
             return Found(answer.transaction_id)
         if isinstance(answer, Declined):
             if answer.after_unknown:
-                return Unanswered("declined, in doubt")
+                return Unanswered("declined, in doubt", declined=False)
+            # A proxy's 402 says nothing of the deduction behind it.
+            if answer.certain and (quiet or self._credits.remembers_declines):
+                return NotFound()
             if not self._credits.remembers_declines:
                 return Unanswered("declined; looking again later", retry_after_s=LOOK_AGAIN_AFTER_S, declined=True)
-            # A proxy's 402 says nothing of the deduction behind it.
-            return NotFound() if answer.certain else Unanswered("declined, in doubt")
-        return Unanswered(answer.reason, answer.retry_after_s, sent=not isinstance(answer, NotSent))
+            return Unanswered("declined, in doubt", declined=False)
+        return Unanswered(answer.reason, answer.retry_after_s, sent=not isinstance(answer, NotSent), declined=False)
 
     async def _postpone(self, record: Record, answer: Unanswered) -> None:
         """Put on record when to try again; recovery does."""
@@ -341,7 +351,7 @@ class Settler:
             record,
             tries=record.tries + 1,
             due_at=now + wait_s,
-            declined_at=now if answer.declined else record.declined_at,
+            declined_at=record.declined_at if answer.declined is None else now if answer.declined else None,
         )
         won = await self._journal.write(record, later, durable=False)
         self._telemetry.log(

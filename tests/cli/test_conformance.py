@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from metered_billing.conformance import CHECKS
@@ -54,6 +55,53 @@ class TestAskedWrongly:
         assert sentence in done.err
         assert "töken" not in done.err
         assert "not a token" not in done.err
+
+
+class TestContract:
+    """`--contract`: a mapping of the user's own."""
+
+    @pytest.mark.parametrize(
+        ("name", "sentence"),
+        [
+            ("house_credits", "write MODULE:CLASS"),
+            ("no_such_module:Credits", "ModuleNotFoundError"),
+            ("json:Credits", "AttributeError"),
+            ("json:loads", "is no Contract"),
+            ("mapping:Raises", "ValueError: not today"),
+        ],
+    )
+    def test_that_is_none_is_one_sentence(self, run: Any, tmp_path: Path, name: str, sentence: str) -> None:
+        """Exit code 2."""
+        text = "class Raises:\n    def __init__(self):\n        raise ValueError('not today')\n"
+        (tmp_path / "mapping.py").write_text(text)
+        done = run("conformance", "--url", "http://credits", "--token", "t", "--contract", name)
+        assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+        assert sentence in done.err
+
+    def test_report_says_what_holds_and_what_happens(
+        self, run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """Through the mapping alone; exit code 3."""
+        monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "docs" / "examples"))
+        import house_service
+
+        real = cli.check_service
+
+        async def check_service(url: str, **options: Any) -> Any:
+            return await real(url, transport=httpx.ASGITransport(house_service.app), **options)
+
+        monkeypatch.setattr(cli, "check_service", check_service)
+        monkeypatch.setitem(house_service.held, ("acme", None), 1000)
+        done = run(
+            *("conformance", "--url", "http://house", "--token", "house-secret", "--tenant", "acme"),
+            *("--contract", "house_credits:HouseCredits"),
+        )
+        said = " ".join(done.out.split())
+        assert done.code == 3
+        assert "no answer to a deduction It is sent again under its key" in said
+        assert "1. Paid first yes 2." in said
+        assert "4. Nothing lost with limits: void-undoes, declines-remembered, find-by-key" in said
+        assert "house-secret" not in done.out
 
 
 class TestVerdict:

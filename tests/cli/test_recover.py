@@ -19,8 +19,10 @@ import pytest
 
 from metered_billing import HttpCredits
 from metered_billing.charge import Deducted, Lost, Record, Reported, Unknown, step
+from metered_billing.credits.contract import Contract
 from metered_billing.journal.postgres import PostgresJournal
 from metered_billing.journal.sqlite import SqliteJournal
+from tests.docs.sandbox import serving_thread
 from tests.scenes import ANN, charge, keep
 from tests.serving import free_port, start_service
 
@@ -74,6 +76,8 @@ class TestBadInput:
             ([], 2, "Say where the credits are"),
             (["--credits", "ftp://x"], 2, "must be an http(s)"),
             (["--credits", "http://x", "--within", "-1"], 2, "within"),
+            (["--credits", "http://x", "--contract", "json:loads"], 2, "no Contract"),
+            (["--credits", "sqlite:///x.db", "--contract", f"{Contract.__module__}:Contract"], 2, "http(s)"),
             (["--credits", "http://x", "--journal", "mysql://x:secret@y"], 2, "--journal"),
             (["--credits", "http://x", "--journal", "nowhere"], 1, "no journal at nowhere"),
             (["--credits", "sqlite:///no/such/credits.db"], 1, "credits.db"),
@@ -146,6 +150,22 @@ class TestRecover:
         assert balance(service) == 93
         assert run("reconcile", CREDITS=service, TOKEN="admins").code == 0
         assert run("charges", "list", "--unsettled").code == 0
+
+    def test_through_a_mapping(self, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A refund that is due goes to a service of another shape in its own words."""
+        examples = Path(__file__).parents[2] / "docs" / "examples"
+        monkeypatch.syspath_prepend(str(examples))
+        import house_service
+
+        done = {"transactionId": "tx-left", "who": ("acme", "ann"), "credits": 10}
+        monkeypatch.setitem(house_service.deductions, "charge-7", done)
+        monkeypatch.setitem(house_service.held, ("acme", "ann"), 0)
+        with serving_thread(house_service.app, port := free_port()):
+            url = f"http://127.0.0.1:{port}"
+            asyncio.run(keep(JOURNAL, [charge(Deducted("tx-left"), Lost("x"))], realm=url))
+            options = ("--token", "house-secret", "--contract", "house_credits:HouseCredits")
+            finished = run("recover", *options, CREDITS=url)
+        assert (finished.code, house_service.held["acme", "ann"]) == (0, 10)
 
     @pytest.mark.slow
     def test_what_the_living_hold_is_left_to_them(self, run: Any, service: str) -> None:

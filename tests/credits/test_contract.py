@@ -154,16 +154,20 @@ class TestCalls:
 
     def test_transactions_are_asked_for_by_account(self) -> None:
         """A list is of one account, from one cursor on; what is not given is not sent."""
-        assert CONTRACT.transactions("acme", None, None, 200).params == {"tenant_id": "acme", "limit": 200}
-        assert CONTRACT.transactions("acme", "alice", "c", 5).params == {
-            "tenant_id": "acme",
-            "user_id": "alice",
-            "cursor": "c",
-            "limit": 5,
-        }
+        whole = CONTRACT.transactions("acme", None, None, 200)
+        assert whole == Call("GET", "/v1/transactions", params={"tenant_id": "acme", "limit": 200})
+        params: dict[str, str | int] = {"tenant_id": "acme", "user_id": "alice", "cursor": "c", "limit": 5}
+        assert CONTRACT.transactions("acme", "alice", "c", 5) == Call("GET", "/v1/transactions", params=params)
 
+    def test_balance_is_asked_for_by_account(self) -> None:
+        """And read as whole credits, or not at all."""
+        asked = [CONTRACT.balance(Account("acme", user)) for user in (None, "alice")]
+        assert [call.params for call in asked] == [{"tenant_id": "acme"}, {"tenant_id": "acme", "user_id": "alice"}]
+        read = [
+            CONTRACT.read_balance(answer(*told)) for told in ((200, {"balance": 7}), (200, {}), (401, {"balance": 7}))
+        ]
+        assert read == [7, None, None]
 
-class TestProblems:
     def test_problem_of_ours_is_named(self) -> None:
         """A problem is ours by its content type and the `type` in it."""
         assert problem(404, "not-found").problem == "not-found"
@@ -279,14 +283,6 @@ class TestDeductionAnswers:
         assert CONTRACT.read_deduction(record(), answer(402, body)) == Declined(balance, certain=certain)
         own = CONTRACT.read_deduction(record(), problem(402, "insufficient-credits"))
         assert own == Declined(None, certain=True)
-
-    def test_declined_where_declines_are_forgotten(self) -> None:
-        """A service that forgets declines may take a late copy after all."""
-
-        class Forgetful(Contract):
-            remembers_declines = False
-
-        assert Forgetful().read_deduction(record(), answer(402)) == Declined(None, certain=False)
 
     def test_voided(self) -> None:
         """A deduction that arrives after its void is unknown: the void is made sure of again."""

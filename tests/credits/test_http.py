@@ -24,6 +24,7 @@ from metered_billing.charge import (
     Declined,
     Deducted,
     Found,
+    NoLookup,
     NotFound,
     NotSent,
     NoVoid,
@@ -1127,6 +1128,77 @@ class TestContractsOfOthers:
 
         assert client().remembers_declines
         assert not client(contract=Forgetful()).remembers_declines
+
+    async def test_forgotten_decline_is_undone(self, client: Client, service: respx.MockRouter) -> None:
+        """Whatever the contract's reader says of a decline, a service that forgets it may take a late copy."""
+
+        class Forgetful(Contract):
+            remembers_declines = False
+
+            def read_deduction(self, record: Record, reply: Reply) -> Any:
+                return Declined(3)
+
+        service.route().respond(409)
+        got = await client(contract=Forgetful()).deduct(record())
+        assert got == Declined(3, forgotten=True)
+        assert got.occasion_for(record()) == "declined, in doubt"
+
+    @pytest.mark.parametrize(
+        ("read", "answer"),
+        [
+            (Deducted(7), Unknown("TypeError in the credits client", misconfigured=True)),  # type: ignore[arg-type]
+            (Deducted(""), Unknown("TypeError in the credits client", misconfigured=True)),
+            (None, Unknown("TypeError in the credits client", misconfigured=True)),
+            (Deducted("tx-1", "90"), Deducted("tx-1")),  # type: ignore[arg-type]
+            (Declined(3.5), Declined(None)),  # type: ignore[arg-type]
+        ],
+    )
+    async def test_reader_that_is_careless(
+        self, client: Client, service: respx.MockRouter, read: Any, answer: Any
+    ) -> None:
+        """What cannot be put on record is no answer; a balance that is no whole number is left out."""
+
+        class Careless(Contract):
+            def read_deduction(self, record: Record, reply: Reply) -> Any:
+                return read
+
+        service.route().respond(200)
+        assert await client(contract=Careless()).deduct(record()) == answer
+
+    async def test_token_and_key_in_other_headers(self, client: Client, service: respx.MockRouter) -> None:
+        """And in none that the service does not know."""
+
+        class Keyed(Contract):
+            auth_header, auth_scheme = "X-API-Key", ""
+
+            def deduction(self, record: Record) -> Call:
+                return Call("POST", "/deduct", {}, headers={"X-Request-Key": record.id})
+
+        route = service.post(f"{URL}/deduct").respond(500)
+        await client(contract=Keyed(), token=TOKEN, attempts=1).deduct(record())
+        sent = route.calls[0].request.headers
+        assert (sent["x-api-key"], sent["x-request-key"]) == (TOKEN, record().id)
+        assert not {"authorization", "idempotency-key"} & set(sent)
+
+    @pytest.mark.parametrize(("header", "scheme"), [("X API Key", ""), ("", ""), ("X-Key", "two words"), ("X-K\n", "")])
+    async def test_header_that_cannot_be_sent(self, client: Client, header: str, scheme: str) -> None:
+        """It is said when the client is made."""
+
+        class Keyed(Contract):
+            auth_header, auth_scheme = header, scheme
+
+        with pytest.raises(ValueError, match="auth_header"):
+            client(contract=Keyed())
+
+    async def test_without_a_list_nothing_is_looked_for(self, client: Client, service: respx.MockRouter) -> None:
+        """No call is made."""
+
+        class Listless(Contract):
+            def transactions(self, *_: Any) -> None:
+                return None
+
+        assert await client(contract=Listless()).find(record()) == NoLookup()
+        assert not service.calls
 
     async def test_bug_in_reading(
         self, client: Client, service: respx.MockRouter, caplog: pytest.LogCaptureFixture

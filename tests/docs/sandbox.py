@@ -84,7 +84,8 @@ class Sandbox:
         return ""
 
     def _uvicorn(self, words: list[str]) -> str:
-        module_name, _, attribute = words[-1].partition(":")
+        options = dict(itertools.pairwise(words))
+        module_name, _, attribute = next(word for word in words if ":" in word).partition(":")
         spec = importlib.util.spec_from_file_location(
             f"{module_name}_{time.monotonic_ns()}", self._directory / f"{module_name}.py"
         )
@@ -95,7 +96,9 @@ class Sandbox:
         self._monkeypatch.setitem(sys.modules, spec.name, module)
         spec.loader.exec_module(module)
         app = getattr(module, attribute)
-        self._serve("uvicorn", app() if "--factory" in words else app, self._ports[8000])
+        name = "uvicorn" if "--port" not in options else module_name
+        port = self._ports[int(options.get("--port", 8000))]
+        self._serve(name, app() if "--factory" in words else app, port)
         return ""
 
     def _metered_billing(self, words: list[str]) -> str:

@@ -21,6 +21,9 @@ from metered_billing.charge import (
     DeductAnswer,
     Deducted,
     Event,
+    FindAnswer,
+    NoLookup,
+    NotFound,
     NotSent,
     Record,
     Refunded,
@@ -552,6 +555,19 @@ def decline_without_void_is_the_end() -> Iterator[None]:
         return Voided() if isinstance(answer, Unanswered) and answer.declined else answer
 
     with replaced(Settler, "_undo_without_void", broken):
+        yield
+
+
+@variant
+def nothing_to_look_in_is_taken_for_nothing_found() -> Iterator[None]:
+    """Where there is no list to look in either, the deduction is asked for once more."""
+
+    async def broken(self: Any, record: Record) -> FindAnswer:
+        answer = await find(self, record)
+        return NotFound() if isinstance(answer, NoLookup) else answer
+
+    find = HttpCredits.find
+    with replaced(HttpCredits, "find", broken):
         yield
 
 

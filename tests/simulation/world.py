@@ -68,6 +68,13 @@ class Forgetful(Contract):
     remembers_declines = False
 
 
+class Listless(Forgetful):
+    """Likewise, where there is no list of transactions either."""
+
+    def transactions(self, tenant_id: str, user_id: str | None, cursor: str | None, limit: int) -> None:
+        return None
+
+
 @dataclass(frozen=True)
 class ServiceKind:
     """What the credits service can do of what it should.
@@ -106,6 +113,7 @@ class World:
         batches = Random(f"batches of {seed}")
         self.batching = batches.random() < 0.8
         self.deductions_at_once = batches.choice((1, 1, 2))
+        self.has_list = Random(f"list of {seed}").random() < 0.5
         # In some runs clients come in crowds, all in one moment: so many crowds.
         self.crowds = batches.choice((0, 1, 2, 3)) if self.batching else 0
         self.service_kind = ServiceKind.any(self.random, has_batches=batches.random() < 0.8)
@@ -866,10 +874,11 @@ def app_of(world: World, process: Process) -> Starlette:
     """A process's app: as a user writes it, but for what comes in from the world."""
     telemetry = WatchedTelemetry(world, process)
     process.journal = WatchedJournal(world, process, telemetry)
+    kind = world.service_kind
     credits = HttpCredits(  # noqa: A001
         "http://credits",
         token="app",
-        contract=None if world.service_kind.remembers_declines else Forgetful(),
+        contract=None if kind.remembers_declines else Forgetful() if world.has_list else Listless(),
         transport=Transport(world, process),
         batching=world.batching,
         runtime=process.runtime,

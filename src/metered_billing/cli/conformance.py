@@ -14,6 +14,7 @@ from rich.text import Text
 
 from metered_billing.cli import terminal
 from metered_billing.cli.failure import Failure
+from metered_billing.cli.options import ContractName, load_contract
 from metered_billing.conformance import (
     CHECKS,
     GROUPS,
@@ -24,6 +25,9 @@ from metered_billing.conformance import (
     Result,
     Verdict,
     check_service,
+    checks_of,
+    promises,
+    what_happens,
 )
 
 WIDTH = 100
@@ -53,6 +57,7 @@ def conformance(
         str | None,
         typer.Option(envvar="METERED_BILLING_FOREIGN_TOKEN", help="A token of another tenant: it must not get in."),
     ] = None,
+    contract: ContractName = None,
     timeout: Annotated[float, typer.Option(min=0.1, max=60, help="What one call may take, in seconds.")] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -62,7 +67,8 @@ def conformance(
     for secret in (token, admin_token, foreign_token):
         if secret is not None and not _TOKEN.fullmatch(secret):
             raise Failure("A token must be visible ASCII without spaces.", 2)
-    with _progress() as advance:
+    mapping = load_contract(contract)
+    with _progress(len(CHECKS if mapping is None else checks_of(mapping))) as advance:
         try:
             report = asyncio.run(
                 check_service(
@@ -74,9 +80,10 @@ def conformance(
                     foreign_token=foreign_token,
                     timeout_s=timeout,
                     on_start=lambda account, held: (
-                        None if as_json else _announce(account, held, admin_token is not None)
+                        None if as_json else _announce(account, held, admin_token is not None, mapping is not None)
                     ),
                     on_result=advance,
+                    contract=mapping,
                 )
             )
         except CannotCheck as why:
@@ -89,17 +96,20 @@ def conformance(
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[Result], None]]:
+def _progress(total: int) -> Iterator[Callable[[Result], None]]:
     """A bar where errors go, as long as somebody looks at it."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=len(CHECKS))
+        task = progress.add_task("", total=total)
         yield lambda result: progress.update(task, advance=1, description=result.check.name)
 
 
-def _announce(account: str, held: int, granted: bool) -> None:
-    if granted:
+def _announce(account: str, held: int, granted: bool, mapped: bool) -> None:
+    if mapped:
+        held_in_words = terminal.credits_in_words(held)
+        terminal.say(f"Using, for moments, all {held_in_words} of {account}; what can be refunded is given back.")
+    elif granted:
         terminal.say(f"Using {terminal.credits_in_words(held)} granted to {account}.")
     else:
         terminal.say(f"Using, for moments, all {terminal.credits_in_words(held)} of {account}; they are given back.")
@@ -120,6 +130,8 @@ def _show(report: Report) -> None:
     if report.not_tried:
         console.print()
         _print_lines(console, [(f"{each.check.name}:", f"not tried: {each.came}") for each in report.not_tried])
+    if report.mapped or report.broken:
+        _say_what_holds(console, report)
     console.print()
     console.print(Text(terminal.clean(_verdict(report)), style=_STYLES[report.verdict]), soft_wrap=True)
     if report.kept is None:
@@ -140,8 +152,22 @@ def _table(report: Report) -> Table:
         table.add_column(str(column), justify="right")
     for group, title in GROUPS.items():
         outcomes = [result.outcome for result in report.results if result.check.group == group]
+        if not outcomes and report.mapped:
+            continue  # only the credits API itself has these
         table.add_row(title, *(str(outcomes.count(outcome) or "") for outcome in Outcome))
     return table
+
+
+def _say_what_holds(console: Console, report: Report) -> None:
+    """What all of it comes to."""
+    happens = list(what_happens(report))
+    if happens and report.verdict is not Verdict.UNUSABLE:
+        console.print()
+        console.print(Text("What happens with this service", style="bold"))
+        _print_lines(console, happens)
+    console.print()
+    console.print(Text("What the library promises with it", style="bold"))
+    _print_lines(console, [(f"{number}. {words}", holds) for number, words, holds in promises(report)])
 
 
 def _print_lines(console: Console, lines: list[tuple[str, str]]) -> None:

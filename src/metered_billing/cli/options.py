@@ -1,8 +1,11 @@
 """Options that several commands have, and how their texts are read."""
 
+import importlib
 import re
+import sys
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated
 from urllib.parse import unquote
 
@@ -10,6 +13,7 @@ import typer
 from pydantic import SecretStr
 
 from metered_billing.cli.failure import Failure
+from metered_billing.credits.contract import Contract
 from metered_billing.journal.reading import JournalReader, SqliteReader
 from metered_billing.ledger.places import POSTGRES
 from metered_billing.settings import SQLITE, Settings, looks_like_a_url
@@ -35,6 +39,14 @@ Token = Annotated[
 Tenant = Annotated[str, typer.Option(help="Whose account.")]
 User = Annotated[str | None, typer.Option(help="The tenant's user; without one, its shared pool.")]
 AnyUser = Annotated[str | None, typer.Option(help="Only this user's; without one, all of the tenant's.")]
+ContractName = Annotated[
+    str | None,
+    typer.Option(
+        "--contract",
+        metavar="MODULE:CLASS",
+        help="Your own mapping, for a service of another shape; found from where you are.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, as the credits API has it.")]
 Journal = Annotated[
     str,
@@ -64,6 +76,30 @@ def read_since(text: str | None, *, now: float | None = None) -> float | None:
         return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError):
         raise Failure("--since: write 30m, 24h, 7d, 2026-11-25 or 2026-11-25T09:30:00Z.", 2) from None
+
+
+def load_contract(name: str | None) -> Contract | None:
+    """A user's own mapping, by the name of its module and class; modules are found as `python -m` finds them.
+
+    Raises:
+        Failure: There is none.
+    """
+    if name is None:
+        return None
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise Failure("--contract: write MODULE:CLASS, as in own_credits:OwnCredits.", 2)
+    here = str(Path.cwd())
+    if "" not in sys.path and here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+        contract = found() if isinstance(found, type) else found
+    except Exception as error:
+        raise Failure(f"--contract: {name} cannot be loaded: {type(error).__name__}: {error}.", 2) from None
+    if not isinstance(contract, Contract):
+        raise Failure(f"--contract: {name} is no Contract of metered_billing.credits.contract.", 2)
+    return contract
 
 
 def open_reader(place: str) -> JournalReader:

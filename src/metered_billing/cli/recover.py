@@ -15,7 +15,16 @@ from metered_billing.charge import Record
 from metered_billing.cli import terminal
 from metered_billing.cli.charges import looking_into
 from metered_billing.cli.failure import Failure
-from metered_billing.cli.options import ATTENTION, JOURNAL, CreditsUrl, Journal, Token, secret
+from metered_billing.cli.options import (
+    ATTENTION,
+    JOURNAL,
+    ContractName,
+    CreditsUrl,
+    Journal,
+    Token,
+    load_contract,
+    secret,
+)
 from metered_billing.credits import Credits
 from metered_billing.explain import as_document, in_words, moment, name_of
 from metered_billing.journal import Journal as KeptJournal
@@ -71,6 +80,7 @@ def recover(
     journal: Journal = JOURNAL,
     credits_url: CreditsUrl = None,
     token: Token = None,
+    contract: ContractName = None,
     within: Annotated[float, typer.Option(min=0, help="How many seconds to try, at the most.")] = 60,
     as_json: AsJson = False,
 ) -> None:
@@ -79,9 +89,11 @@ def recover(
         raise Failure("Say where the credits are: --credits URL, or METERED_BILLING_CREDITS.", 2)
     with looking_into(journal):
         pass  # a journal that is not there must not be made
-    watching, runtime = Watching(), Runtime()
+    watching, runtime, mapping = Watching(), Runtime(), load_contract(contract)
     try:
-        credits = open_credits(credits_url, secret(token), runtime, watching)  # noqa: A001 - the field's word
+        credits = open_credits(  # noqa: A001 - the field's word
+            credits_url, secret(token), runtime, watching, contract=mapping
+        )
         place = open_journal(journal, runtime, watching)
     except ValueError as error:
         raise Failure(f"{error}.", 2) from None

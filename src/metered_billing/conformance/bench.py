@@ -48,7 +48,7 @@ class Exchange:
 
 
 @dataclass(slots=True)
-class _Taken:
+class Taken:
     """What one key may have taken: its transactions, so far as they were told, and their amounts."""
 
     account: Account
@@ -73,7 +73,13 @@ class Bench:
         prefix: What every key begins with: no two runs may share one.
         timeout_s: What one call may take in all.
         foreign_token: A token of another tenant, which must not reach this account.
+        auth: The header in which tokens go, and what stands in front of them there.
+
+    Attributes:
+        lacks: What the service is known not to have: `voids`, `batch`, `transactions`.
     """
+
+    lacks: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -85,7 +91,9 @@ class Bench:
         admin_token: str | None = None,
         foreign_token: str | None = None,
         timeout_s: float = 5.0,
+        auth: tuple[str, str] = ("Authorization", "Bearer "),
     ) -> None:
+        self._auth = auth
         self.account = account
         self.prefix = prefix
         self.token = token
@@ -94,7 +102,7 @@ class Bench:
         self.exchanges: list[Exchange] = []
         self._client = client
         self._timeout_s = timeout_s
-        self._taken: dict[tuple[str, str], _Taken] = {}
+        self._taken: dict[tuple[str, str], Taken] = {}
         self._keys = 0
         self._secrets = [secret for secret in (token, admin_token, foreign_token) if secret]
 
@@ -106,22 +114,22 @@ class Bench:
 
     async def deduct(self, amount: Any, key: str, *, account: Account | None = None, **more: Any) -> Reply:
         """`POST /v1/deductions`. `more`: further fields, or `token` and `headers` of the call."""
-        call, body = _split(more)
+        call, body = split(more)
         whose = account or self.account
-        taken = self._taken.setdefault((whose.tenant_id, key), _Taken(whose, amount))
+        taken = self._taken.setdefault((whose.tenant_id, key), Taken(whose, amount))
         reply = await self.call("POST", "/v1/deductions", {**_body(whose), "amount": amount, **body}, key, **call)
         taken.note(reply.body)
         return reply
 
     async def refund(self, transaction_id: str, amount: int, key: str, **more: Any) -> Reply:
         """`POST /v1/deductions/{transaction_id}/refunds`."""
-        call, body = _split(more)
+        call, body = split(more)
         path = f"/v1/deductions/{quote(transaction_id, safe='')}/refunds"
         return await self.call("POST", path, {"amount": amount, "reason": "conformance", **body}, key, **call)
 
     async def void(self, key: str, *, account: Account | None = None, **more: Any) -> Reply:
         """`POST /v1/voids`."""
-        call, body = _split(more)
+        call, body = split(more)
         return await self.call(
             "POST", "/v1/voids", {**_body(account or self.account), "idempotency_key": key, **body}, **call
         )
@@ -135,11 +143,11 @@ class Bench:
                 each.note(result.body)
         return reply
 
-    def _expect(self, operation: Mapping[str, Any]) -> _Taken | None:
+    def _expect(self, operation: Mapping[str, Any]) -> Taken | None:
         if operation["op"] != "deduct":
             return None
         key = (operation["tenant_id"], operation["idempotency_key"])
-        return self._taken.setdefault(key, _Taken(self.account, operation["amount"]))
+        return self._taken.setdefault(key, Taken(self.account, operation["amount"]))
 
     def operation(self, op: str, key: str, **fields: Any) -> dict[str, Any]:
         """One of a batch's."""
@@ -151,16 +159,20 @@ class Bench:
         Raises:
             Broken: That is not told.
         """
-        reply = await self.call("GET", "/v1/balance", params=_body(self.account))
+        reply = await self.ask_balance()
         balance = number(reply, "balance")
         if reply.status != 200 or balance is None:
             raise Broken(f"GET /v1/balance was answered {reply}, without a balance")
         return balance
 
-    async def transactions(self, limit: int = 50, cursor: str | None = None) -> Reply:
+    async def ask_balance(self, **call: Any) -> Reply:
+        """`GET /v1/balance` of the account."""
+        return await self.call("GET", "/v1/balance", params=_body(self.account), **call)
+
+    async def transactions(self, limit: int = 50, cursor: str | None = None, **call: Any) -> Reply:
         """`GET /v1/transactions` of the account."""
         params = {**_body(self.account), "limit": str(limit)} | ({} if cursor is None else {"cursor": cursor})
-        return await self.call("GET", "/v1/transactions", params=params)
+        return await self.call("GET", "/v1/transactions", params=params, **call)
 
     async def grant(self, amount: int) -> Reply:
         """`POST /v1/grants`, with the admin token."""
@@ -190,16 +202,15 @@ class Bench:
         """
         sent = content if body is None else json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
         all_headers = {"Accept": "application/json, application/problem+json", "Accept-Encoding": "identity"}
-        all_headers |= {"User-Agent": "metered-billing-conformance", "Authorization": ""}
+        all_headers |= {"User-Agent": "metered-billing-conformance"}
         if sent is not None:
             all_headers["Content-Type"] = "application/json"
         if key is not None:
             all_headers["Idempotency-Key"] = key
         bearer = self.token if token == "" else token
-        if bearer is None:
-            del all_headers["Authorization"]
-        else:
-            all_headers["Authorization"] = f"Bearer {bearer}"
+        if bearer is not None:
+            name, scheme = self._auth
+            all_headers[name] = scheme + bearer
         status, text = None, ""
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -270,13 +281,15 @@ class Bench:
         finally:
             self.exchanges = exchanges
 
-    async def _void_quietly(self, key: str, taken: _Taken) -> None:
+    async def _void_quietly(self, key: str, taken: Taken) -> None:
         with contextlib.suppress(Silent):
             reply = await self.void(key.strip('"'), account=taken.account)
             if reply.status not in (200, 201) and not taken.heard:
                 # As the library does: what comes back can be refunded.
-                body = {**_body(taken.account), "amount": taken.amount}
-                taken.note((await self.call("POST", "/v1/deductions", body, key)).body)
+                taken.note((await self._deduct_again(taken, key)).body)
+
+    async def _deduct_again(self, taken: Taken, key: str) -> Reply:
+        return await self.call("POST", "/v1/deductions", {**_body(taken.account), "amount": taken.amount}, key)
 
     async def _refund_quietly(self, transaction_id: str, amount: int, key: str) -> int:
         with contextlib.suppress(Silent):
@@ -317,7 +330,7 @@ def _body(account: Account) -> dict[str, str]:
     return {"tenant_id": account.tenant_id} | ({} if account.user_id is None else {"user_id": account.user_id})
 
 
-def _split(more: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split(more: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     call: dict[str, Any] = {name: more.pop(name) for name in ("token", "headers") if name in more}
     return call, more
 

@@ -51,12 +51,14 @@ class Report:
         account: Whose credits were used, in words.
         kept: Credits that the account lacks now and held before; below zero: that it has more.
             None: its balance could not be read any more.
+        mapped: Whether it was asked through a `Contract` of a user's own.
     """
 
     url: str
     account: str
     results: Sequence[Result]
     kept: int | None = 0
+    mapped: bool = False
 
     @property
     def broken(self) -> list[Result]:

@@ -8,7 +8,10 @@ import httpx
 from metered_billing.charge import Account
 from metered_billing.conformance.bench import Bench, Broken, NotTried, Silent
 from metered_billing.conformance.checks import CHECKS, NEEDED, Check
+from metered_billing.conformance.mapped import MappedBench
+from metered_billing.conformance.mapped_checks import checks_of
 from metered_billing.conformance.report import Outcome, Report, Result
+from metered_billing.credits.contract import Contract
 from metered_billing.runtime import new_uuid7
 
 AT_MOST = 10_000
@@ -41,7 +44,8 @@ async def check_service(
     transport: httpx.AsyncBaseTransport | None = None,
     on_start: Callable[[str, int], None] = lambda account, held: None,
     on_result: Callable[[Result], None] = lambda result: None,
-    checks: Sequence[Check] = CHECKS,
+    checks: Sequence[Check] | None = None,
+    contract: Contract | None = None,
 ) -> Report:
     """Hold the service at `url` to the credits API.
 
@@ -54,11 +58,16 @@ async def check_service(
         timeout_s: What one call may take in all.
         on_start: Hears whose credits are used, and how many the account holds.
         on_result: Hears of each check as it ends.
+        contract: A user's own, for a service of another shape: all goes through it. It grants nothing.
 
     Raises:
         CannotCheck: There is no account to run them on, or no answer.
     """
     run_id = f"conformance-{new_uuid7()}"
+    if contract is not None and (admin_token is not None or tenant_id is None):
+        raise CannotCheck(
+            "a mapping cannot grant: give a tenant that holds credits, and no admin token", asked_wrongly=True
+        )
     if tenant_id is None:
         if admin_token is None:
             raise CannotCheck("there is no account: give an admin token, or a tenant", asked_wrongly=True)
@@ -71,22 +80,44 @@ async def check_service(
         except ValueError as error:
             raise CannotCheck(str(error), asked_wrongly=True) from None
     async with _client(url, transport) as client:
-        bench = Bench(
-            client,
-            account,
-            prefix=run_id,
-            token=token,
-            admin_token=admin_token,
-            foreign_token=foreign_token,
-            timeout_s=timeout_s,
-        )
+        if contract is None:
+            bench = Bench(
+                client,
+                account,
+                prefix=run_id,
+                token=token,
+                admin_token=admin_token,
+                foreign_token=foreign_token,
+                timeout_s=timeout_s,
+            )
+        else:
+            bench = _mapped(client, account, contract, run_id, token, foreign_token, timeout_s)
+        if checks is None:
+            checks = CHECKS if contract is None else checks_of(contract)
         held = await _prepare(bench)
         on_start(in_words(account), held)
         results = await _run_all(bench, checks, held, on_result)
         kept: int | None = None
         with contextlib.suppress(Broken):
             kept = held - await bench.balance()
-    return Report(url, in_words(account), results, kept)
+    return Report(url, in_words(account), results, kept, contract is not None)
+
+
+def _mapped(
+    client: httpx.AsyncClient,
+    account: Account,
+    contract: Contract,
+    prefix: str,
+    token: str,
+    foreign_token: str | None,
+    timeout_s: float,
+) -> MappedBench:
+    try:
+        return MappedBench(
+            client, account, contract, prefix=prefix, token=token, foreign_token=foreign_token, timeout_s=timeout_s
+        )
+    except Broken as error:
+        raise CannotCheck(str(error), asked_wrongly=True) from None
 
 
 def in_words(account: Account) -> str:

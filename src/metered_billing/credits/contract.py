@@ -18,6 +18,7 @@ from pydantic_core import from_json
 from metered_billing.charge import (
     MAX_AMOUNT,
     MAX_ITEMS,
+    Account,
     AlreadyVoided,
     Declined,
     DeductAnswer,
@@ -36,6 +37,31 @@ from metered_billing.charge import (
     Voided,
 )
 from metered_billing.errors import TYPE_PREFIX
+
+__all__ = [
+    "Account",
+    "AlreadyVoided",
+    "Call",
+    "Contract",
+    "Declined",
+    "DeductAnswer",
+    "Deducted",
+    "FindAnswer",
+    "Found",
+    "NoVoid",
+    "NotFound",
+    "Page",
+    "Record",
+    "RefundAnswer",
+    "Refunded",
+    "Refused",
+    "Reply",
+    "Unanswered",
+    "Unknown",
+    "VoidAnswer",
+    "Voided",
+]
+"""What a mapping is written with."""
 
 RETRIED = frozenset({408, 425, 429})
 """Answers that ask for patience."""
@@ -57,13 +83,19 @@ Params = Mapping[str, str | int]
 
 @dataclass(slots=True)
 class Call:
-    """An HTTP call to make: a path below the service's URL, and a body that goes as JSON."""
+    """An HTTP call to make: a path below the service's URL, and a body that goes as JSON.
+
+    Attributes:
+        key: Sent as `Idempotency-Key`.
+        headers: What this call has besides, such as a key under another name. They are seen in logs: no secrets.
+    """
 
     method: str
     path: str
     body: Mapping[str, Any] | None = None
     key: str | None = None
     params: Params | None = None
+    headers: Mapping[str, str] | None = None
 
 
 @dataclass(slots=True)
@@ -132,20 +164,28 @@ class _Entry(_Answer):
     transaction_id: Name | None = None
 
 
+class _BalanceAnswer(_Answer):
+    balance: Credits
+
+
 class _PageAnswer(_Answer):
     items: list[dict[str, Any]]
     next_cursor: str | None = None
 
 
 class Contract:
-    """Version 1 of the credits API.
+    """Version 1 of the credits API. For a service of another shape: a subclass that overrides what differs.
 
     Attributes:
+        auth_header: The header in which the token goes.
+        auth_scheme: What stands in front of the token there, as `Bearer` does; may be empty.
         remembers_declines: Whether a key once declined is declined for ever.
         batches: Whether the service takes many operations in one call (`batch`). In a subclass that asks for
             something otherwise, or reads it otherwise: only if it says so.
     """
 
+    auth_header: ClassVar[str] = "Authorization"
+    auth_scheme: ClassVar[str] = "Bearer"
     remembers_declines: ClassVar[bool] = True
     batches: ClassVar[bool] = True
 
@@ -195,14 +235,22 @@ class Contract:
         """The path and the body of a batch of what `batched` made, as JSON."""
         return "/v1/batch", b'{"operations":[' + b",".join(operations) + b"]}"
 
-    def transactions(self, tenant_id: str, user_id: str | None, cursor: str | None, limit: int) -> Call:
-        """A page of the account's transactions, the latest first; a cursor comes from the page before."""
+    def transactions(self, tenant_id: str, user_id: str | None, cursor: str | None, limit: int) -> Call | None:
+        """A page of the account's transactions, the latest first; a cursor comes from the page before.
+
+        None: this service has no list that could be looked through for a key.
+        """
         params: dict[str, str | int] = {"tenant_id": tenant_id, "limit": limit}
         if user_id is not None:
             params["user_id"] = user_id
         if cursor is not None:
             params["cursor"] = cursor
         return Call("GET", "/v1/transactions", params=params)
+
+    def balance(self, account: Account) -> Call:
+        """For `metered-billing conformance`, which goes by the balance: the library itself does not ask."""
+        user = {} if account.user_id is None else {"user_id": account.user_id}
+        return Call("GET", "/v1/balance", params={"tenant_id": account.tenant_id, **user})
 
     # What an answer means. `Unknown` and `Unanswered` here mean: heard, and no wiser.
 
@@ -220,7 +268,7 @@ class Contract:
             held = balance if type(balance) is int and balance >= 0 else None
             # A proxy's 402 says nothing of the deduction behind it: the client hears it, and a void makes sure.
             own_words = reply.problem == "insufficient-credits" or not said.keys().isdisjoint(("balance", "required"))
-            return Declined(held, certain=self.remembers_declines and own_words)
+            return Declined(held, certain=own_words)
         if reply.status == 409 and reply.problem == "charge-voided":
             return Unknown("it was voided before it arrived")
         # An answer of the 4xx kind says that we asked wrongly; what asks for patience does not.
@@ -263,6 +311,11 @@ class Contract:
         """None: no such answer."""
         answer = parse(_PageAnswer, reply.body) if reply.status == 200 else None
         return None if answer is None else Page(answer.items, answer.next_cursor or None)
+
+    def read_balance(self, reply: Reply) -> int | None:
+        """In whole credits. None: no such answer."""
+        answer = parse(_BalanceAnswer, reply.body) if reply.status == 200 else None
+        return None if answer is None else answer.balance
 
     def find(self, record: Record, page: Page) -> FindAnswer:
         """Look for the record's deduction on a page."""

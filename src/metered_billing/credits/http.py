@@ -13,7 +13,7 @@ import re
 import ssl
 import weakref
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import httpx
@@ -25,8 +25,12 @@ from pydantic_core import to_json
 
 from metered_billing import names
 from metered_billing.charge import (
+    MAX_ID_LENGTH,
+    Declined,
     DeductAnswer,
+    Deducted,
     FindAnswer,
+    NoLookup,
     NotFound,
     NotSent,
     NoVoid,
@@ -75,6 +79,7 @@ _HEADERS = (
 _encode_ascii = json.JSONEncoder(separators=(",", ":")).encode
 
 _TOKEN = re.compile(r"[\x21-\x7e]+")
+_HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +194,7 @@ class HttpCredits:
         # In line: enough must be left for a call of its own.
         self._patience_s = timeout_s - min(attempt_timeout_s, timeout_s) / 2
         self._contract = contract or Contract()
+        self._auth_header = checked_header(self._contract.auth_header, self._contract.auth_scheme)
         self._transport = transport
         self._wire: Callable[[httpx.URL, ssl.SSLContext], Wire] = _lean_wire() if lean else CoreWire
         # Made once, for with certificates it takes 40 ms; those of SSL_CERT_FILE or SSL_CERT_DIR, where it is set.
@@ -336,6 +342,8 @@ class HttpCredits:
         seen: set[str] = set()
         while len(seen) < MAX_PAGES:
             call = self._contract.transactions(account.tenant_id, account.user_id, cursor, PAGE)
+            if call is None:
+                return NoLookup()
             outcome = await self._send(call, self._attempt_timeout_s, "find", 0)
             if isinstance(outcome, _Silence):
                 return _unanswered(outcome)
@@ -514,9 +522,12 @@ class HttpCredits:
             headers.append((b"Content-Type", b"application/json"))
         if call.key is not None:
             headers.append((b"Idempotency-Key", call.key.encode("ascii")))
+        if call.headers:
+            headers += [(name.encode("ascii"), value.encode("ascii")) for name, value in call.headers.items()]
         if self._token is not None:
             # In no variable of its own: tracebacks in logs may show those.
-            headers.append((b"Authorization", f"Bearer {self._token.get_secret_value()}".encode("ascii")))
+            name, scheme = self._auth_header
+            headers.append((name, scheme + self._token.get_secret_value().encode("ascii")))
         carried: dict[str, str] = {}
         propagate(carried)
         headers += [(name.encode("ascii"), value.encode("ascii")) for name, value in carried.items()]
@@ -563,7 +574,9 @@ class HttpCredits:
                 # of a service that does not keep up.
                 return _Attempt(NotSent(outcome.reason, wait_s), again=outcome.reason not in _FINAL)
             return _Attempt(Unknown(outcome.reason, wait_s), again=True)
-        answer = self._contract.read_deduction(record, outcome)
+        answer = _checked(self._contract.read_deduction(record, outcome))
+        if isinstance(answer, Declined) and not self._contract.remembers_declines:
+            answer = replace(answer, forgotten=True)
         if not isinstance(answer, Unknown):
             return _Attempt(answer, again=False)
         wait_s = retry_after_s(outcome.headers, self._runtime.now())
@@ -610,6 +623,25 @@ def _weight(asked: _Asked) -> int:
     return 4096 + 12 * letters + 3 * len(items)
 
 
+def _checked(answer: DeductAnswer) -> DeductAnswer:
+    """What a contract has read, if it can be believed; a balance that is none is left out.
+
+    Raises:
+        TypeError: It is no answer.
+    """
+    if not isinstance(answer, DeductAnswer):
+        raise TypeError(f"read_deduction returned {type(answer).__name__}, which is no answer")
+    if isinstance(answer, Deducted) and not _is_id(answer.transaction_id):
+        raise TypeError("read_deduction returned a transaction whose id is no text of 1 to 255 characters")
+    if isinstance(answer, Deducted | Declined) and type(answer.balance) is not int and answer.balance is not None:
+        return replace(answer, balance=None)
+    return answer
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= MAX_ID_LENGTH
+
+
 def _unanswered(silence: _Silence) -> Unanswered:
     return Unanswered(silence.reason, silence.retry_after_s, sent=silence.sent)
 
@@ -626,6 +658,17 @@ def _checked_url(url: str) -> httpx.URL:
     if parsed.userinfo or parsed.fragment or b"?" in parsed.raw_path:
         raise ValueError("the credits URL must have no user, no query and no fragment: the token goes into `token`")
     return parsed
+
+
+def checked_header(name: str, scheme: str) -> tuple[bytes, bytes]:
+    """A header's name, and what stands in its value in front of a token.
+
+    Raises:
+        ValueError: They cannot be sent.
+    """
+    if not _HEADER.fullmatch(name) or not (scheme == "" or _TOKEN.fullmatch(scheme)):
+        raise ValueError("a contract's auth_header must be a header's name, and its auth_scheme a word or empty")
+    return name.encode("ascii"), (f"{scheme} " if scheme else "").encode("ascii")
 
 
 def checked_token(token: str | SecretStr | None) -> SecretStr | None:

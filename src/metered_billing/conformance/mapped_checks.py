@@ -1,0 +1,242 @@
+"""The checks of a service behind a mapping: those that hold for any service, and what the mapping must read right.
+
+What only the credits API itself has (its problems, batches, limits of fields) is left out.
+"""
+
+from dataclasses import replace
+from uuid import uuid4
+
+from metered_billing.charge import Declined, Found, Refunded, Refused, Unanswered
+from metered_billing.conformance.bench import Broken, NotTried
+from metered_billing.conformance.checks import CHECKS, DO_NOT, Check, declined, given, holds, not_done, taken
+from metered_billing.conformance.mapped import MappedBench, lacks, mapped
+from metered_billing.credits.contract import Contract
+
+AS_THEY_ARE = {
+    "deduct-once",
+    "replay-same-answer",
+    "concurrent-copies",
+    "declined-takes-nothing",
+    "never-overdrawn",
+    "refund-once",
+    "concurrent-refunds",
+    "refund-never-exceeds",
+    "refund-of-unknown",
+    "late-copy-after-refund",
+    "keys-per-tenant",
+    "token-needed",
+    "foreign-token-refused",
+    "void-again",
+    "void-same-answer",
+    "void-before-arrival",
+    "tombstone",
+    "void-of-declined",
+    "void-after-partial-refund",
+    "refund-after-void",
+    "late-copy-after-void",
+    "void-of-others",
+    "large-refund",
+    "traceparent",
+}
+"""Checks that ask nothing which a mapping could not build or read."""
+
+_THERE_ARE_NONE = "the mapping has none"
+
+
+def checks_of(contract: Contract) -> list[Check]:
+    """What a service is held to through this contract, in the order of the credits API's own checks."""
+    other = {changed.name: changed for changed in _others(contract)}
+    without = {"voids"} & lacks(contract)
+    found = []
+    for check in CHECKS:
+        if check.name in other:
+            found.append(other[check.name])
+        elif check.name in AS_THEY_ARE and check.group not in without:
+            found.append(check)
+    return found
+
+
+def _others(contract: Contract) -> list[Check]:
+    known = {check.name: check for check in CHECKS}
+    missing = lacks(contract)
+    remembers = contract.remembers_declines
+    looked_in = "voids" in missing and not remembers and "transactions" not in missing
+    missed = (
+        "A deduction in doubt that is not found is taken for one that never was: the charge is closed though its "
+        "credits are taken. A `transactions` that returns None is better."
+    )
+    forgotten = (
+        "The mapping says that declines are remembered: set `remembers_declines = False`. As it is, a copy of a "
+        "decline that arrives late takes credits, and nobody will know."
+    )
+    return [
+        replace(
+            known["key-reused"],
+            fatal=False,
+            without="Nothing: each of the library's keys is one charge's, always with the same payload. Whoever else "
+            "uses a key twice is told that something was taken which was not.",
+        ),
+        replace(
+            known["pool-and-users-apart"],
+            fatal=False,
+            without="Users of a tenant share its credits: name tenants alone, `Account(tenant_id)`.",
+        ),
+        replace(
+            known["void-undoes"],
+            without="A deduction without an answer is sent again and refunded, instead of voided: see below.",
+            run=_no_voids if "voids" in missing else known["void-undoes"].run,
+        ),
+        replace(
+            known["declines-remembered"],
+            fatal=remembers,
+            expected="it is declined again, and nothing is taken",
+            without=DO_NOT + forgotten if remembers else "A decline is not the last word: see below.",
+            run=_declines_remembered if remembers else _declines_forgotten,
+        ),
+        replace(known["batch"], without="The library makes single calls: nothing is lost but speed.", run=_batch),
+        replace(
+            known["find-by-key"],
+            tried="the list of transactions after a deduction",
+            expected="`find` finds the deduction under its key, and none under another",
+            without="A deduction in doubt cannot be looked for: see below."
+            if "transactions" in missing
+            else DO_NOT + missed
+            if looked_in
+            else "Nothing the library does: with this mapping it does not look.",
+            fatal=looked_in,
+            run=_no_list if "transactions" in missing else _find_by_key,
+        ),
+        *(
+            []
+            if "transactions" in missing
+            else [
+                replace(
+                    known["pages"],
+                    tried="six deductions, the first of which is looked for in pages of two",
+                    expected="it is found",
+                    without=DO_NOT + missed if looked_in else "Nothing the library does: it does not look.",
+                    fatal=looked_in,
+                    run=_pages,
+                )
+            ]
+        ),
+        replace(
+            known["balance-told"],
+            without="The response header Credits-Balance, and the balance in a 402, say what the mapping reads: a "
+            "wrong figure, or none where it reads none.",
+        ),
+        replace(
+            known["decline-says-why"],
+            expected="it is read as Declined, with the balance",
+            without="Read as anything else, a customer with too few credits hears 500 or 503, and the charge is asked "
+            "for again and again. Without a balance, the 402 has no figures.",
+            run=_decline_is_read,
+        ),
+        replace(
+            known["refund-replay"],
+            expected="both are read as Refunded",
+            without="Where the first answer was lost, a refund that is done is not known to be done: read as Refused, "
+            "the charge ends as disputed; as Unanswered, it is asked for again without end.",
+            run=_refund_replay_is_read,
+        ),
+        replace(
+            known["problem-not-found"],
+            expected="it is read as Refused",
+            without="It is taken for a service that is unwell and asked again, ever more seldom, without end: the "
+            "charge is never shown to a person as disputed.",
+            run=_unknown_refund_is_refused,
+        ),
+        replace(
+            known["any-language"],
+            tried="a request id, metadata and a reason of 255 characters in several scripts",
+            run=_any_language,
+        ),
+    ]
+
+
+@mapped
+async def _no_voids(bench: MappedBench) -> None:
+    raise Broken(_THERE_ARE_NONE)
+
+
+@mapped
+async def _batch(bench: MappedBench) -> None:
+    if not bench.contract.batches:
+        raise Broken(_THERE_ARE_NONE)
+    raise NotTried("the batches of a mapping are not tried")
+
+
+@mapped
+async def _declines_remembered(bench: MappedBench) -> None:
+    key, amount = await declined(bench)
+    before = await bench.balance()
+    again = await bench.deduct(amount, key)
+    await holds(bench, before)
+    not_done(again, "the deduction, when there was enough,")
+
+
+@mapped
+async def _declines_forgotten(bench: MappedBench) -> None:
+    raise Broken("the mapping says that they are forgotten: `remembers_declines = False`")
+
+
+@mapped
+async def _no_list(bench: MappedBench) -> None:
+    raise Broken(_THERE_ARE_NONE)
+
+
+@mapped
+async def _find_by_key(bench: MappedBench) -> None:
+    key = bench.new_key()
+    transaction = taken(await bench.deduct(10, key), 10)
+    found = await bench.find(key)
+    if found != Found(transaction):
+        raise Broken(f"the deduction {transaction!r} was looked for, and the answer was {found}")
+    other = await bench.find(bench.new_key())
+    if isinstance(other, Found | Unanswered):
+        raise Broken(f"what there is not was looked for, and the answer was {other}")
+
+
+@mapped
+async def _pages(bench: MappedBench) -> None:
+    key = bench.new_key()
+    transaction = taken(await bench.deduct(1, key), 1)
+    for _ in range(5):
+        taken(await bench.deduct(1, bench.new_key()), 1)
+    found = await bench.find(key, 2)
+    if found != Found(transaction):
+        raise Broken(f"the answer was {found}")
+
+
+@mapped
+async def _decline_is_read(bench: MappedBench) -> None:
+    held = await bench.balance()
+    told = await bench.deduct(held + 1, bench.new_key())
+    if not isinstance(told.answer, Declined):
+        raise Broken(f"it was answered {told}")
+    if told.answer.balance != held:
+        raise Broken(f"a balance of {told.answer.balance} was read, and the account holds {held}")
+
+
+@mapped
+async def _refund_replay_is_read(bench: MappedBench) -> None:
+    transaction, key = taken(await bench.deduct(10, bench.new_key()), 10), bench.new_key()
+    given(await bench.refund(transaction, 2, key), 2)
+    again = await bench.refund(transaction, 2, key)
+    if not isinstance(again.answer, Refunded):
+        raise Broken(f"the second was answered {again}")
+
+
+@mapped
+async def _unknown_refund_is_refused(bench: MappedBench) -> None:
+    told = await bench.refund(str(uuid4()), 1, bench.new_key())
+    if not isinstance(told.answer, Refused):
+        raise Broken(f"it was answered {told}")
+
+
+@mapped
+async def _any_language(bench: MappedBench) -> None:
+    before, long = await bench.balance(), ("Zoë 東京 ✂ 👩‍🔬 العربية / %2F ?&#; " * 9)[:255]
+    transaction = taken(await bench.deduct(10, bench.new_key(), request_id=long, metadata={"größe": long}), 10)
+    given(await bench.refund(transaction, 2, bench.new_key(), reason=long, items=[long]), 2)
+    await holds(bench, before - 8)

@@ -1,0 +1,252 @@
+"""A service of another shape, through a mapping: what it does well holds, and what either does badly is seen."""
+
+import asyncio
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from metered_billing import Account, HttpCredits, MeteredBillingMiddleware, metered, settled
+from metered_billing.charge import NotFound, Refused, Unknown
+from metered_billing.conformance import CannotCheck, Report, Verdict, check_service, checks_of, promises, what_happens
+from metered_billing.credits.contract import Call, Contract, Record, RefundAnswer, Reply
+from metered_billing.ledger import Grant
+from tests.stand import serving
+
+from .broken import APP, Service
+
+pytestmark = pytest.mark.no_cover
+
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+
+LACKS = {"void-undoes", "declines-remembered", "batch", "find-by-key"}
+"""What the example's service and mapping have not."""
+
+
+@pytest.fixture
+def house(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The example's service, new."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    sys.modules.pop("house_service", None)
+    import house_service
+
+    yield house_service
+    sys.modules.pop("house_service", None)
+
+
+@pytest.fixture
+def mapping(house: ModuleType) -> type[Contract]:
+    """The example's mapping."""
+    from house_credits import HouseCredits
+
+    return HouseCredits
+
+
+async def report(house: ModuleType, contract: Contract, *names: str, **options: Any) -> Report:
+    wanted = [check for check in checks_of(contract) if not names or check.name in names]
+    transport = options.pop("transport", None) or httpx.ASGITransport(house.app)
+    given = {"token": "house-secret", "tenant_id": "acme", **options}
+    return await check_service("http://house", contract=contract, checks=wanted, transport=transport, **given)
+
+
+def broken(report: Report) -> set[str]:
+    return {result.check.name for result in report.broken}
+
+
+async def test_house_service_is_usable_with_limits(house: ModuleType, mapping: type[Contract]) -> None:
+    """What it does not have is named, and nothing else."""
+    seen = await report(house, mapping())
+    assert broken(seen) == LACKS
+    assert (seen.verdict, seen.not_tried) == (Verdict.LIMITED, [])
+    holds = {number: words for number, _, words in promises(seen)}
+    assert holds[4] == "with limits: void-undoes, declines-remembered, find-by-key"
+    assert [holds[number] for number in (1, 2, 3, 8)] == ["yes"] * 4
+    happens = dict(what_happens(seen))
+    assert "once more after 5 minutes" in happens["no answer to a deduction"]
+    assert "402" in happens["too few credits"]
+
+
+async def test_credits_api_as_a_mapping_holds(tmp_path: Path) -> None:
+    """The reference service, asked through the credits API's own contract: nothing is lost on the way."""
+    service = Service(tmp_path)
+    await service.ledger.grant(Grant(idempotency_key="g", tenant_id="acme", user_id=None, amount=100, reason="test"))
+    seen = await report(sys, Contract(), token=APP, transport=service)
+    await service.ledger.close()
+    assert broken(seen) == set()
+    assert [result.check.name for result in seen.not_tried] == ["batch"]
+    assert (seen.verdict, seen.kept) == (Verdict.CONFORMANT, 0)
+    assert len(seen.results) == 35
+
+
+async def test_without_keys_it_is_not_usable(
+    house: ModuleType, mapping: type[Contract], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service that takes a deduction as often as it comes: customers would pay twice."""
+
+    class Keyless(mapping):  # type: ignore[misc, valid-type]
+        def deduction(self, record: Record) -> Call:
+            self.number = getattr(self, "number", 0) + 1
+            call: Call = super().deduction(record)
+            return Call(call.method, call.path, {**(call.body or {}), "reference": str(self.number)})
+
+    seen = await report(house, Keyless(), "deduct-once", "concurrent-copies")
+    assert (broken(seen), seen.verdict) == ({"deduct-once", "concurrent-copies"}, Verdict.UNUSABLE)
+    assert {number: words for number, _, words in promises(seen)}[3] == "no: deduct-once, concurrent-copies"
+
+
+async def test_refunds_as_often_as_asked_are_not_usable(house: ModuleType, mapping: type[Contract]) -> None:
+    """Credits would be made out of nothing."""
+
+    class Forgets(dict[str, Any]):
+        def get(self, key: str, default: Any = None) -> Any:
+            return None
+
+    house.refunds = Forgets()  # type: ignore[attr-defined]
+    seen = await report(house, mapping(), "refund-once", "concurrent-refunds", "refund-never-exceeds")
+    assert broken(seen) == {"refund-once", "concurrent-refunds", "refund-never-exceeds"}
+    assert seen.verdict is Verdict.UNUSABLE
+
+
+async def test_what_the_mapping_gets_wrong(house: ModuleType, mapping: type[Contract]) -> None:
+    """Each slip is seen by the check that is meant for it."""
+
+    class Remembers(mapping):  # type: ignore[misc, valid-type]
+        remembers_declines = True
+
+    class RefusesReplays(mapping):  # type: ignore[misc, valid-type]
+        def read_refund(self, record: Record, reply: Reply) -> RefundAnswer:
+            return Refused("no") if reply.status == 409 else super().read_refund(record, reply)
+
+    class PatientWithStrangers(mapping):  # type: ignore[misc, valid-type]
+        def read_refund(self, record: Record, reply: Reply) -> RefundAnswer:
+            return (
+                Contract.read_refund(self, record, reply) if reply.status == 404 else super().read_refund(record, reply)
+            )
+
+    class NoDeclines(mapping):  # type: ignore[misc, valid-type]
+        def read_deduction(self, record: Record, reply: Reply) -> Any:
+            return Unknown("no") if reply.status == 409 else super().read_deduction(record, reply)
+
+    class NoBalance(mapping):  # type: ignore[misc, valid-type]
+        def read_deduction(self, record: Record, reply: Reply) -> Any:
+            answer = super().read_deduction(record, reply)
+            return type(answer)(answer.transaction_id) if reply.status == 200 else answer
+
+    class Raises(mapping):  # type: ignore[misc, valid-type]
+        def read_refund(self, record: Record, reply: Reply) -> RefundAnswer:
+            raise KeyError("refundId")
+
+    for slip, name, verdict in (
+        (Remembers, "declines-remembered", Verdict.UNUSABLE),
+        (RefusesReplays, "refund-replay", Verdict.LIMITED),
+        (PatientWithStrangers, "problem-not-found", Verdict.LIMITED),
+        (NoDeclines, "decline-says-why", Verdict.LIMITED),
+        (NoBalance, "balance-told", Verdict.LIMITED),
+        (Raises, "refund-once", Verdict.UNUSABLE),
+    ):
+        house.held["acme", None] = 1000
+        seen = await report(house, slip(), name)
+        assert (broken(seen), seen.verdict) == ({name}, verdict), name
+    assert "the mapping raised KeyError" in seen.broken[0].came
+
+
+async def test_list_that_is_looked_in_badly_is_not_usable(tmp_path: Path) -> None:
+    """Where the library would look in it: what it misses is closed though its credits are taken."""
+
+    class Misses(Contract):
+        remembers_declines = False
+
+        def void(self, record: Record) -> None:
+            return None
+
+        def find(self, record: Record, page: Any) -> Any:
+            return NotFound()
+
+    service = Service(tmp_path)
+    await service.ledger.grant(Grant(idempotency_key="g", tenant_id="acme", user_id=None, amount=100, reason="test"))
+    seen = await report(sys, Misses(), "find-by-key", "pages", token=APP, transport=service)
+    await service.ledger.close()
+    assert (broken(seen), seen.verdict) == ({"find-by-key", "pages"}, Verdict.UNUSABLE)
+
+
+@pytest.mark.parametrize("options", [{"tenant_id": None}, {"admin_token": "a"}])
+async def test_account_must_be_given(house: ModuleType, mapping: type[Contract], options: dict[str, Any]) -> None:
+    """A mapping grants nothing."""
+    with pytest.raises(CannotCheck, match="a mapping cannot grant") as why:
+        await report(house, mapping(), **options)
+    assert why.value.asked_wrongly
+
+
+async def test_mapping_that_cannot_be_asked_is_one_sentence(house: ModuleType) -> None:
+    """It says what it raised."""
+
+    class Raises(Contract):
+        def balance(self, account: Any) -> Call:
+            raise LookupError("no such account")
+
+    with pytest.raises(CannotCheck, match="the mapping raised LookupError: no such account"):
+        await report(house, Raises())
+
+
+class Losing(httpx.AsyncBaseTransport):
+    """Loses the answers to the first calls of a path, after they were done."""
+
+    def __init__(self, house: ModuleType, path: str, count: int) -> None:
+        self.calls: list[str] = []
+        self._house, self._path, self._left = httpx.ASGITransport(house.app), path, count
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self.calls.append(request.url.path.rpartition("/")[2])
+        response = await self._house.handle_async_request(request)
+        if request.url.path.endswith(self._path) and self._left:
+            self._left -= 1
+            raise httpx.ReadTimeout("nothing came", request=request)
+        return response
+
+
+@pytest.mark.parametrize(
+    ("lost", "status", "left", "calls"),
+    [
+        ("nothing", 200, 996, ["deduct", "refund"]),
+        ("refund", 200, 996, ["deduct", "refund", "refund"]),
+        ("deduct", 503, 1000, ["deduct", "deduct", "refund"]),
+    ],
+)
+async def test_served_app_pays_for_what_succeeded(
+    house: ModuleType,
+    mapping: type[Contract],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lost: str,
+    status: int,
+    left: int,
+    calls: list[str],
+) -> None:
+    """Two texts of three, at 2 credits each; whatever answer is lost, nothing is taken or given back twice."""
+    monkeypatch.setattr("metered_billing.settler.FIRST_BACKOFF_S", 0.01)
+    transport = Losing(house, lost, 1)
+    app = FastAPI()
+    app.add_middleware(
+        MeteredBillingMiddleware,
+        credits=HttpCredits("http://house", token="house-secret", transport=transport, contract=mapping(), attempts=1),
+        journal=tmp_path / "journal",
+        account=lambda: Account("acme"),
+    )
+
+    @app.post("/translate")
+    @metered(cost=3, price=2, outcomes="$.results[*]")
+    async def translate() -> dict[str, list[bool]]:
+        return {"results": [True, True, False]}
+
+    async with serving(app) as client:
+        assert (await client.post("/translate")).status_code == status
+        async with asyncio.timeout(5):
+            while len(transport.calls) < len(calls):
+                await asyncio.sleep(0.02)
+        await settled()
+    assert (transport.calls, house.held["acme", None]) == (calls, left)

@@ -29,7 +29,7 @@ class Faults:
         self.wrong = list(range(1, 15))
         self._bad_place = directory / "a file, no directory"
         self._bad_place.touch()
-        self._apps: dict[str, ASGIApp] = {}
+        self._middleware: list[MeteredBillingMiddleware] = []
 
     def mend(self) -> None:
         self.wrong.pop(0)
@@ -48,7 +48,14 @@ class Faults:
 
         if self.is_wrong(2):
             return app
-        return MeteredBillingMiddleware(app, credits=self._credits(), journal=self._journal())
+        self._middleware.append(MeteredBillingMiddleware(app, credits=self._credits(), journal=self._journal()))
+        return self._middleware[-1]
+
+    async def end(self) -> None:
+        """Leave no journal open, and no refund or void under way."""
+        for middleware in self._middleware:
+            await middleware.biller.drain(0)
+        await self.ledger.aclose()
 
     def _cost(self, n: int) -> Any:
         if self.is_wrong(3):
@@ -111,7 +118,7 @@ async def test_what_a_client_hears_comes_in_the_order_of_the_page(
         faults.mend()
     assert faults.wrong == []
     assert await faults.ledger.balance("acme", None) == 1
-    await faults.ledger.aclose()
+    await faults.end()
 
 
 OWN = {"3": "451", "6": "403", "14": "418"}

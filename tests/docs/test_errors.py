@@ -96,7 +96,7 @@ def _break(journal: SqliteJournal) -> None:
     def full(_: Any) -> Any:
         raise metered_billing.journal.JournalError("the disk is full")
 
-    journal.open = full  # type: ignore[method-assign]
+    journal.open = full  # type: ignore[assignment,method-assign]
 
 
 async def test_what_a_client_hears_comes_in_the_order_of_the_page(

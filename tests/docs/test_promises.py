@@ -20,3 +20,20 @@ def test_promises_name_tests_that_exist() -> None:
             tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
             there = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
             assert function in there, name
+
+
+def test_broken_rules_that_are_told_of_are_variants() -> None:
+    """Each row of the table names one that the simulation must find."""
+    tree = ast.parse((ROOT / "tests" / "simulation" / "variants.py").read_text(encoding="utf-8"))
+    variants = {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and "variant" in {ast.unparse(each) for each in node.decorator_list}
+    }
+    page = Page(DOCS / "explanation" / "why-the-journal-comes-first.md")
+    named = [code(row[1])[0] for row in table(page, "What happens when a rule is broken")]
+    assert len(named) == len(set(named))
+    assert set(named) <= variants
+    command = re.search(r"--broken (\w+)", page.text)
+    assert command is not None
+    assert command[1] in named

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 from metered_billing.charge import TRANSITIONS
 from tests.simulation.faults import KINDS
+from tests.simulation.variants import SEEDS, VARIANTS
 from tests.simulation.world import World, run
 
 CHUNK = 20
@@ -24,8 +25,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("seeds", nargs="?", default="1000", help="a number, a range such as 200-299, or seed:1234")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--quiet", action="store_true", help="no trace of what failed")
+    parser.add_argument("--broken", metavar="RULE", help="break one of variants.py: what comes of it?")
     options = parser.parse_args(arguments)
     seeds = seeds_of(options.seeds)
+    if options.broken is not None:
+        return broken(options.broken, seeds)
     if len(seeds) == 1:
         return alone(seeds[0], traced=not options.quiet)
     began = time.monotonic()
@@ -103,6 +107,24 @@ def alone(seed: int, *, traced: bool) -> int:
         say(f"    {problem}")
     say(f"{len(world.problems)} problems")
     return 1 if world.problems else 0
+
+
+def broken(name: str, seeds: list[int]) -> int:
+    """Break a rule on purpose, and show what comes of it. The seed that showed it the last time is tried first."""
+    variant = next((variant for variant in VARIANTS if variant.name == name), None)
+    if variant is None:
+        say(f"no rule of that name; there are: {', '.join(variant.name for variant in VARIANTS)}")
+        return 2
+    say(f"the rule: {variant.breaks}")
+    with variant.patch():
+        found = next((world for world in map(run, [SEEDS.get(name, 0), *seeds]) if world.problems), None)
+    if found is None:
+        say(f"broken, and {len(seeds)} seeds do not show it")
+        return 1
+    say(f"broken: seed {found.seed} has {len(found.problems)} problems")
+    for problem in found.problems[:5]:
+        say(f"    {problem}")
+    return 0
 
 
 def trace_of(world: World) -> Iterator[str]:

@@ -53,3 +53,28 @@ def test_what_is_over_is_not_kept(tmp_path: Path) -> None:
         assert len(deadlines._watched) == 1
 
     world.run(main)
+
+
+def test_where_nobody_waits_there_is_no_timer(tmp_path: Path) -> None:
+    """A process may be frozen then. Where somebody waits it stays, and ends that at its time."""
+    world = World(tmp_path)
+
+    async def main() -> None:
+        loop: Any = asyncio.get_running_loop()
+        deadlines = Deadlines(loop)
+        deadlines.let_go()
+        first, second = loop.create_future(), loop.create_future()
+        for future in (first, second):
+            deadlines.watch(future, 5.0, lambda future: future.set_result("late"))
+        first.set_result(None)
+        deadlines.let_go()
+        assert await second == "late"
+        third = loop.create_future()
+        deadlines.watch(third, 5.0, lambda future: future.set_result("late"))
+        third.set_result(None)
+        deadlines.let_go()
+        assert [timer for timer in loop._scheduled if not timer.cancelled()] == []
+        deadlines.watch(fourth := loop.create_future(), 5.0, lambda future: future.set_result("late"))
+        assert await fourth == "late"
+
+    world.run(main)

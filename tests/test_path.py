@@ -67,7 +67,10 @@ class Prompt:
     async def aclose(self) -> None:
         pass
 
-    close = aclose
+    close = pause = aclose
+
+    def resume(self) -> None:
+        pass
 
     async def deduct(self, record: Record) -> Deducted:
         answer: Deducted = await self._answer("deduct", Deducted("tx-1", 90))

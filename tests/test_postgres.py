@@ -436,3 +436,22 @@ async def test_durable_commits_are_told(pg_url: str) -> None:
     assert told == [1]
     await database.close()
     database.shutdown()
+
+
+async def test_connection_that_was_long_unused_is_not_used_again(pg_url: str) -> None:
+    """Over a process that was frozen it may have been forgotten by all in between; the wall clock tells, either way."""
+    skipped_s = 0.0
+    database = PostgresDatabase(pg_url, Runtime(now=lambda: 1e9 + skipped_s))
+
+    async def pid() -> int:
+        return await database.run(lambda connection: connection.execute("SELECT pg_backend_pid()").fetchall()[0][0])
+
+    first = await pid()
+    skipped_s = 299.0
+    assert await pid() == first
+    skipped_s = 600.0
+    second = await pid()
+    skipped_s = 0.0
+    assert len({first, second, await pid()}) == 3
+    await database.close()
+    database.shutdown()

@@ -30,7 +30,7 @@ from metered_billing.charge import (
 )
 from metered_billing.credits import Credits
 from metered_billing.errors import BillingError, BillingMisconfigured, CreditsUnavailable, InsufficientCredits
-from metered_billing.journal import Journal, JournalError
+from metered_billing.journal import Journal, JournalError, PlaceLost
 from metered_billing.loops import Deadlines
 from metered_billing.outcomes import Paid, Said
 from metered_billing.runtime import Runtime
@@ -132,6 +132,7 @@ class Biller:
         credits: Who moves the credits.
         journal: Where unsettled charges are on record.
         recover_every_s: How often the journal is looked through.
+        inline: Whether there may be nothing under way between requests; see `Settler`.
     """
 
     def __init__(
@@ -142,12 +143,13 @@ class Biller:
         runtime: Runtime | None = None,
         telemetry: Telemetry | None = None,
         recover_every_s: float = RECOVER_EVERY_S,
+        inline: bool = False,
     ) -> None:
         self._credits = credits
         self._journal = journal
         self._runtime = runtime or Runtime()
         self._telemetry = telemetry or Telemetry()
-        self._settler = Settler(credits, journal, self._runtime, self._telemetry, recover_every_s)
+        self._settler = Settler(credits, journal, self._runtime, self._telemetry, recover_every_s, inline=inline)
         self._deadlines: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Deadlines] = weakref.WeakKeyDictionary()
 
     async def start(self) -> None:
@@ -162,6 +164,13 @@ class Biller:
     def started(self) -> bool:
         """Whether it is, on this event loop."""
         return self._settler.started
+
+    async def quiesce(self, within_s: float) -> None:
+        """Let refunds and voids under way come to their end, then do nothing before the next request or `start`."""
+        await self._settler.quiesce(within_s)
+        deadlines = self._deadlines.get(asyncio.get_running_loop())
+        if deadlines is not None:
+            deadlines.let_go()
 
     async def drain(self, timeout_s: float) -> None:
         """Let requests and refunds under way come to their end, then stop, and close everything."""
@@ -221,7 +230,12 @@ class Biller:
             if traceparent is not None:
                 record = record.but(traceparent=traceparent)
             try:
-                await self._soon(self._journal.open(record))
+                try:
+                    await self._soon(self._journal.open(record))
+                except PlaceLost:
+                    # We were stopped, and taken for dead. It is not on record, and is ours to put there.
+                    record = record.but(owner=self._journal.owner)
+                    await self._soon(self._journal.open(record))
             except asyncio.CancelledError:
                 # The write may still land, or fail; nothing was sent, and nothing will be.
                 unsent = NotSent("cancelled before it was sent")

@@ -151,6 +151,17 @@ class GroupCommit(Generic[C]):
         except RuntimeError as error:  # the executor, or the whole interpreter, is shutting down
             self._refuse(StorageError(f"{self._name}: {error}"))
 
+    def idle(self) -> asyncio.Future[None]:
+        """Done when all that is queued has been committed, and the thread has nothing under way.
+
+        Raises:
+            RuntimeError: There is no thread any more.
+        """
+        loop = asyncio.get_running_loop()
+        idle: asyncio.Future[None] = loop.create_future()
+        self._submit_behind(lambda: tell(loop, [(idle, None, None)]))
+        return idle
+
     def close(
         self, *, first: Callable[[], None] | None = None, then: Callable[[], None] | None = None
     ) -> asyncio.Future[None]:

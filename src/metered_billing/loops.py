@@ -31,6 +31,15 @@ class Deadlines:
         if self._timer is None:
             self._timer = self._loop.call_at(when, self._look)
 
+    def let_go(self) -> None:
+        """Have no timer while nobody waits."""
+        watched = self._watched
+        while watched and watched[0][1].done():
+            watched.popleft()
+        if self._timer is not None and not watched:
+            self._timer.cancel()
+            self._timer = None
+
     def _look(self) -> None:
         self._timer = None
         now = self._loop.time()
@@ -51,6 +60,8 @@ class LoopTasks:
         recovering: Passes of recovery under way.
         resting: Whether recovery waits, or has come to its end.
         stopping: Whether it is to take up nothing more.
+        quiet: Whether nothing is to be done before the next request; only where settling is inline.
+        looked_at: When recovery looked last, where it looks only while there are requests; by the wall clock.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -59,6 +70,8 @@ class LoopTasks:
         self.recovering = 0
         self.resting = False
         self.stopping = False
+        self.quiet = False
+        self.looked_at = -math.inf
         self._clock = clock
         self._wake_at = math.inf
         self._woken = asyncio.Event()

@@ -40,6 +40,7 @@ from metered_billing.telemetry import Telemetry
 T = TypeVar("T")
 OnDisconnect = Literal["refund", "keep"]
 OnUnavailable = Literal["reject"]
+Settle = Literal["background", "inline"]
 
 _VISIBLE = re.compile(r"[\x21-\x7e]{1,255}")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
@@ -62,6 +63,10 @@ class MeteredBillingMiddleware:
         on_unavailable: What happens to requests while credits cannot be deducted; only "reject" (503) so far.
         max_body_bytes: The longest response body that outcomes are read from.
         drain_timeout_s: How long a shutdown waits for requests and refunds under way.
+        settle: When refunds and voids go out: in the "background", or "inline", before the app is done with the
+            request, where nothing may be under way between requests (AWS Lambda); by default
+            `METERED_BILLING_SETTLE`, then "background".
+        settle_timeout_s: How long a request is held up by that at the most; what is not done then is done later.
         settings: Instead of the environment.
 
     Raises:
@@ -79,6 +84,8 @@ class MeteredBillingMiddleware:
         on_unavailable: OnUnavailable = "reject",
         max_body_bytes: int = 1 << 20,
         drain_timeout_s: float = 5.0,
+        settle: Settle | None = None,
+        settle_timeout_s: float = 3.0,
         settings: Settings | None = None,
         runtime: Runtime | None = None,
         telemetry: Telemetry | None = None,
@@ -89,12 +96,14 @@ class MeteredBillingMiddleware:
         self.account = account
         self.on_disconnect = checked_choice("on_disconnect", on_disconnect, OnDisconnect)
         self.on_unavailable = checked_choice("on_unavailable", on_unavailable, OnUnavailable)
-        if max_body_bytes < 0 or drain_timeout_s < 0:
-            raise ValueError("max_body_bytes and drain_timeout_s cannot be below 0")
+        if max_body_bytes < 0 or drain_timeout_s < 0 or settle_timeout_s < 0:
+            raise ValueError("max_body_bytes, drain_timeout_s and settle_timeout_s cannot be below 0")
         if account is not None and not callable(account):
             raise TypeError(f"account must be a function that returns an Account; this is {account!r}")
         self.max_body_bytes = max_body_bytes
         self.drain_timeout_s = drain_timeout_s
+        self.settle = checked_choice("settle", settings.settle if settle is None else settle, Settle)
+        self.settle_timeout_s = settle_timeout_s
         self.telemetry = telemetry or Telemetry()
         credits = settings.credits if credits is None else credits  # noqa: A001
         if credits is None:
@@ -107,7 +116,8 @@ class MeteredBillingMiddleware:
         journal = settings.journal if journal is None else journal
         if isinstance(journal, str | Path):
             journal = open_journal(journal, runtime, self.telemetry)
-        self.biller = Biller(credits, journal, runtime=runtime, telemetry=self.telemetry)
+        self._inline = self.settle == "inline"
+        self.biller = Biller(credits, journal, runtime=runtime, telemetry=self.telemetry, inline=self._inline)
         self._checked = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -127,11 +137,24 @@ class MeteredBillingMiddleware:
             await self.app(scope, receive, exchange.send)
         except BaseException as error:
             exchange.close(error)
+            # Who is told to go at once, its loop closed perhaps, can wait for nothing.
+            if self._inline and exchange.claimed and not isinstance(error, GeneratorExit):
+                await self._quiesce()
             raise
         else:
             exchange.close(None)
+            if self._inline and exchange.claimed:
+                await self._quiesce()
         finally:
             EXCHANGE.reset(token)
+
+    async def _quiesce(self) -> None:
+        """Leave nothing under way: when the request is over, the process may be frozen."""
+        try:
+            await self.biller.quiesce(self.settle_timeout_s)
+        except Exception as error:
+            # A bug, of ours or a backend's: whatever it is, it is not the response's trouble.
+            self.telemetry.log(names.LOG_BUG, exc_info=error)
 
     def _watching(self, scope: Scope, send: Send) -> Send:
         async def watch(message: Message) -> None:
@@ -139,6 +162,8 @@ class MeteredBillingMiddleware:
             if message["type"] == "lifespan.startup.complete":
                 self._check(scope)
                 await self.biller.start()
+                if self._inline:
+                    await self._quiesce()
             elif message["type"].startswith("lifespan.shutdown."):
                 await self.biller.drain(self.drain_timeout_s)
             await send(message)
@@ -200,11 +225,20 @@ class Exchange:
 
     @property
     def request_id(self) -> str | None:
-        """The caller's `X-Request-ID`, where it is short and harmless enough to stand in a log."""
+        """The caller's `X-Request-ID`, where it is short and harmless enough to stand in a log.
+
+        Without one, on AWS Lambda, the invocation's: Lambda's own lines in the log have it.
+        """
         for name, value in self.scope["headers"]:
             if name == b"x-request-id":
                 return value.decode("ascii") if _REQUEST_ID.fullmatch(value) else None
-        return None
+        invocation = getattr(self.scope.get("aws.context"), "aws_request_id", None)
+        return invocation if isinstance(invocation, str) else None
+
+    @property
+    def claimed(self) -> bool:
+        """Whether it is charged for, or would have been."""
+        return self._claimed
 
     def claim(self) -> bool:
         """Whether this request may be charged: once, and while it lasts."""

@@ -50,6 +50,10 @@ PIPELINES = psycopg.Pipeline.is_supported()
 CONNECT_WITHIN_S = 3
 """How long connecting may take, per address."""
 
+UNUSED_FOR_S = 300.0
+"""A connection that was idle for so long is not used again. A process that lives keeps it open by keepalives; over one
+that was frozen, load balancers and NAT forget it (AWS's after 350 s), and would swallow the next statement."""
+
 STUCK_AFTER_S = 9.0
 """An operation that keeps us waiting for so long is broken off; the server gives up before that."""
 
@@ -117,6 +121,7 @@ class PostgresDatabase(GroupCommit[Connection]):
         self._schema = schema
         self._connection: Connection | None = None
         self._busy_since: float | None = None
+        self._used_at = 0.0
         self._stop_watching: Callable[[], object] | None = None
 
     def __del__(self) -> None:
@@ -153,6 +158,7 @@ class PostgresDatabase(GroupCommit[Connection]):
             self._finish(connection)
         finally:
             self._busy_since = None
+            self._used_at = self._runtime.now()
         return [(result, None) for result in results]
 
     def _operate(self, connection: Connection, batch: list[Waiting[Connection]]) -> list[Any]:
@@ -167,6 +173,9 @@ class PostgresDatabase(GroupCommit[Connection]):
     def _begin(self, synchronous_commit: str) -> Connection:
         self._busy_since = self._runtime.monotonic()
         begin = _BEGIN.format(synchronous_commit, self._schema)
+        # By the wall clock, in whichever direction it jumped: the other one may stand still with the process.
+        if abs(self._runtime.now() - self._used_at) > UNUSED_FOR_S:
+            self._disconnect()
         if self._connection is not None:
             try:
                 self._connection.execute(begin)

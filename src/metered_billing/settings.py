@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Literal
 from urllib.parse import unquote
 
 from pydantic import SecretStr
@@ -28,6 +29,7 @@ class Settings(BaseSettings):
             `postgresql://…` for one that several processes share.
         token: The credits service's bearer token.
         journal: The directory of the journal (a path, or `sqlite:///DIRECTORY`), or `postgresql://…`.
+        settle: When refunds and voids go out: in the "background", or "inline", before the request is over.
     """
 
     model_config = SettingsConfigDict(env_prefix="METERED_BILLING_", extra="ignore", frozen=True)
@@ -35,6 +37,7 @@ class Settings(BaseSettings):
     credits: str | None = None
     token: SecretStr | None = None
     journal: str = "metered-billing-journal"
+    settle: Literal["background", "inline"] = "background"
 
 
 def open_credits(

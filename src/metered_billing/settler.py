@@ -50,6 +50,9 @@ MAX_BACKOFF_S = 300.0
 MAX_RETRY_AFTER_S = 3_600.0
 """The longest that a service can put us off for, at a time: a proxy's nonsense must not lose a refund."""
 
+PAUSE_WITHIN_S = 1.0
+"""How long the end of a request waits for its journal to have nothing under way, where nothing may go on after it."""
+
 AT_ONCE = 8
 """Refunds and voids that one round of recovery has under way at the same time."""
 
@@ -78,6 +81,8 @@ class Settler:
         credits: Who moves the credits.
         journal: Where unsettled charges are on record.
         recover_every_s: How often the journal is looked through.
+        inline: Whether there may be nothing under way between requests, as the process may be frozen there: then
+            whoever serves them calls `quiesce` at the end of each, and recovery looks only while there is one.
     """
 
     def __init__(
@@ -87,12 +92,15 @@ class Settler:
         runtime: Runtime,
         telemetry: Telemetry,
         recover_every_s: float = RECOVER_EVERY_S,
+        *,
+        inline: bool = False,
     ) -> None:
         self._credits = credits
         self._journal = journal
         self._runtime = runtime
         self._telemetry = telemetry
         self._recover_every_s = recover_every_s
+        self._inline = inline
         # Charges that somebody here is seeing to, and on which loop; recovery leaves them alone (see `_together`).
         self._live: dict[str, asyncio.AbstractEventLoop] = {}
         self._lock = threading.Lock()
@@ -105,14 +113,18 @@ class Settler:
     # Starting and stopping.
 
     async def start(self) -> None:
-        """Open the journal, and recover from now on, on this event loop. May be called again.
+        """Open the journal, and recover from now on, on this event loop. May be called again; ends `quiesce`.
 
         Raises:
             JournalError: The journal cannot be had.
             Exception: The credits backend cannot be had; its own kind.
         """
         loop = asyncio.get_running_loop()
-        if loop in self._loops:
+        if (known := self._loops.get(loop)) is not None:
+            if known.quiet:
+                known.quiet = False
+                self._journal.resume()
+                self._look_while_here(known)
             return
         with self._lock:
             self._starting += 1
@@ -134,12 +146,46 @@ class Settler:
             for charge_id in [charge_id for charge_id, at in list(live.items()) if at.is_closed()]:
                 live.pop(charge_id, None)
         here = self._loops[loop] = LoopTasks(self._runtime.monotonic)
+        if self._inline:
+            here.resting = True
+            self._look_while_here(here)
+            return
         here.recovery = loop.create_task(self._recover_for_ever(here), name="metered-billing recovery")
 
     @property
     def started(self) -> bool:
-        """Whether it is, on this event loop."""
-        return asyncio.get_running_loop() in self._loops
+        """Whether it is, on this event loop, and not quiet."""
+        here = self._loops.get(asyncio.get_running_loop())
+        return here is not None and not here.quiet
+
+    async def quiesce(self, within_s: float) -> None:
+        """Let what settles on this event loop come to its end, then do nothing before the next `start`.
+
+        From then on the process may be frozen. What is not done in time is broken off: it stays in the journal, and
+        is taken up later, here or elsewhere. While charges of other requests are under way here, it goes on.
+        """
+        loop = asyncio.get_running_loop()
+        here = self._loops.get(loop)
+        if here is None:
+            return
+        if here.tasks:
+            _, late = await asyncio.wait(list(here.tasks), timeout=within_s)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late)
+        if any(at is loop for at in list(self._live.values())):
+            return
+        here.quiet = True
+        if not any(other._awake for other in self._together()):
+            # A database that hangs is no reason to wait: what it has under way is nobody's outcome.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PAUSE_WITHIN_S):
+                    await self._journal.pause()
+
+    @property
+    def _awake(self) -> bool:
+        return any(not here.quiet for loop, here in list(self._loops.items()) if not loop.is_closed())
 
     async def drain(self, timeout_s: float) -> None:
         """Let requests and refunds under way come to their end, then stop, and close everything.
@@ -501,6 +547,29 @@ class Settler:
                 operation.failed("unanswered", answer.reason)
             return answer
 
+    def _look_while_here(self, here: LoopTasks) -> None:
+        """Recover while a request is under way, now and then: for where nothing may run after it."""
+        now = self._runtime.now()  # the other clock may have been frozen, too
+        if abs(now - here.looked_at) < self._recover_every_s:
+            return
+        here.looked_at = now
+        looking = asyncio.get_running_loop().create_task(self._look_once(now), name="metered-billing recovery")
+        here.tasks.add(looking)
+        looking.add_done_callback(here.tasks.discard)
+
+    async def _look_once(self, now: float) -> None:
+        try:
+            await self._look_through(now)
+            self._telemetry.recovered("ok")
+        except Exception as error:
+            self._say_recovery_failed(error)
+
+    def _say_recovery_failed(self, error: Exception) -> None:
+        # The next look tries again.
+        self._telemetry.recovered("failed")
+        event = names.LOG_JOURNAL_FAILED if isinstance(error, JournalError) else names.LOG_BUG
+        self._telemetry.log(event, exc_info=error, reason="recovery failed")
+
     async def _recover_for_ever(self, here: LoopTasks) -> None:
         looked_at = -math.inf
         outages = 0
@@ -517,10 +586,7 @@ class Settler:
                         wait_s = min(due - self._runtime.now(), wait_s)
                     self._telemetry.recovered("ok")
                 except Exception as error:
-                    # The next round tries again.
-                    self._telemetry.recovered("failed")
-                    event = names.LOG_JOURNAL_FAILED if isinstance(error, JournalError) else names.LOG_BUG
-                    self._telemetry.log(event, exc_info=error, reason="recovery failed")
+                    self._say_recovery_failed(error)
                 outages = 0 if reachable else outages + 1
                 # However many are due, a service that cannot be reached is asked ever more seldom.
                 pause_s = min(FIRST_BACKOFF_S * 2 ** min(outages, 16), self._recover_every_s) if outages else 0.05

@@ -640,3 +640,21 @@ class TestLoops:
         await credits_.aclose()
         assert await credits_.deduct(record()) == DEDUCTED
         assert not transport.closed
+
+
+async def test_connection_of_a_process_that_was_frozen_is_not_used_again() -> None:
+    """The loop's clock may have stood still with it: the wall clock tells, whichever way it jumped."""
+
+    async def yes(request: Request) -> None:
+        await request.send(YES)
+
+    now = 1e9
+    async with Server(yes).running() as server:
+        credits = HttpCredits(server.url, runtime=Runtime(now=lambda: now))  # noqa: A001
+        connections = []
+        for skipped_s in (0.0, 4.9, 60.0, -60.0):
+            now += skipped_s
+            assert await credits.deduct(record()) == DEDUCTED
+            connections.append(server.connections)
+        await credits.aclose()
+    assert connections == [1, 1, 2, 3]

@@ -278,3 +278,17 @@ def test_leaving_with_a_loop_that_is_closed(calls: Calls) -> None:
     loop.close()
     line.leave()
     assert not behind.told.done()
+
+
+async def test_empty_line_has_no_timer(calls: Calls) -> None:
+    """A process may be frozen between requests: it is not to wake up for this."""
+    line = line_of(calls)
+    await busy(line)
+    second = line.join("b", ACME, 1, 60)
+    timers = [line._timer]
+    line.leave()
+    timers.append(line._timer)
+    assert [timer is None for timer in timers] == [False, True]
+    assert await second.told is ALONE
+    third = line.join("c", ACME, 1, 0.01)
+    assert await third.told == "late"

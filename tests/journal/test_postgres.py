@@ -22,7 +22,7 @@ import psycopg
 import pytest
 
 from metered_billing.charge import State
-from metered_billing.journal import Journal, JournalError
+from metered_billing.journal import Journal, JournalError, PlaceLost
 from metered_billing.journal import postgres as module
 from metered_billing.journal.postgres import PostgresJournal
 from metered_billing.runtime import Runtime
@@ -81,12 +81,11 @@ async def test_who_comes_back_after_it_was_adopted_takes_a_new_place(shared: Pos
     shared.expire(stopped)
     assert await other.adopt(5.0) == 1
     assert not await stopped.write(record, dataclasses.replace(record, state=State.DEDUCTED), durable=False)
-    with pytest.raises(JournalError, match=r"charge c2 was not put on record: .* not heard of for 15 s"):
+    with pytest.raises(PlaceLost, match=r"charge c2 was not put on record: .* not heard of for 15 s"):
         await stopped.open(charge(stopped, "c2"))
-    await turned(stopped)
     assert stopped.owner != before
-    await stopped.open(charge(stopped, "c3"))
-    assert [list(ids(await everything(each))) for each in (stopped, other)] == [["c3"], ["c1"]]
+    await stopped.open(charge(stopped, "c2"))
+    assert [list(ids(await everything(each))) for each in (stopped, other)] == [["c2"], ["c1"]]
     assert set(leases(shared)) == {stopped.owner, other.owner}
 
 
@@ -118,6 +117,69 @@ async def test_who_comes_back_before_anybody_came_by_goes_on(shared: Postgres) -
     assert leases(shared)[stopped.owner] > 10
     assert await other.adopt(5.0) == 0
     await moved(stopped, record, state=State.SETTLED, closed_at=6.0)
+
+
+# A process that is frozen between requests.
+
+
+async def test_paused_journal_has_nothing_under_way_and_does_not_beat(shared: Postgres) -> None:
+    """What was queued is written before; afterwards its thread is idle, and its connection in no transaction."""
+    heart = Heart()
+    journal = await started(shared, Runtime(every=heart))
+    assert isinstance(journal, PostgresJournal)
+    opening = asyncio.ensure_future(journal.open(charge(journal)))
+    await asyncio.sleep(0)
+    await journal.pause()
+    assert shared.sql("SELECT id FROM charges") == [("c1",)]
+    await opening
+    shared.expire(journal)
+    heart.beat()
+    assert not journal._taken()._database._working
+    assert not journal._taken()._database._waiting
+    [(state,)] = shared.sql("SELECT state FROM pg_stat_activity WHERE application_name = 'metered-billing journal'")
+    assert state == "idle"
+    assert leases(shared)[journal.owner] < 0
+
+
+async def test_resumed_journal_is_heard_of_before_it_opens_a_charge(shared: Postgres) -> None:
+    """In the same transaction: nobody can take the charge for a dead process's in between."""
+    heart = Heart()
+    journal = await started(shared, Runtime(every=heart))
+    assert isinstance(journal, PostgresJournal)
+    await journal.pause()
+    shared.expire(journal)
+    commits = journal._taken()._database.commits
+    journal.resume()
+    await journal.open(charge(journal))
+    assert journal._taken()._database.commits == commits + 1
+    assert leases(shared)[journal.owner] > 10
+    shared.expire(journal)
+    heart.beat()
+    await turned(journal)
+    assert leases(shared)[journal.owner] > 10
+
+
+async def test_closed_journal_may_be_paused_and_resumed(shared: Postgres) -> None:
+    """Whoever looks after it need not know; nor what has closed it in the same moment."""
+    journal = await started(shared)
+    assert isinstance(journal, PostgresJournal)
+    place = journal._taken()
+    await journal.close()
+    await journal.pause()
+    journal.resume()
+    await place.pause()
+    place.resume()
+    assert leases(shared) == {}
+
+
+async def test_resumed_journal_whose_database_is_away_says_so_at_the_next_charge() -> None:
+    """Nobody waits for the lease alone."""
+    journal = PostgresJournal("postgresql://127.0.0.1:1/billing")
+    place = module._Place(journal._database(), "", Runtime())
+    place.resume()
+    with pytest.raises(JournalError, match="cannot be reached"):
+        await place.run(place.renew)
+    await place.leave()
 
 
 async def test_heartbeat_needs_no_event_loop(shared: Postgres) -> None:

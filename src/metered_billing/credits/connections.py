@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import math
 import select
 import ssl
+import time
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -82,10 +84,17 @@ class Connections:
     for it, in the very moment when the request is cancelled or gives up. One burst of timeouts with more requests
     than connections used up the whole pool, for the rest of the process's life. Here, what a request leaves other
     than with an answer is closed and thrown away.
+
+    Args:
+        new: Makes a wire.
+        connections: How many of them may be in use at the same time.
+        clock: The wall clock, which goes on while the process is frozen.
     """
 
-    def __init__(self, new: Callable[[], Wire], connections: int) -> None:
+    def __init__(self, new: Callable[[], Wire], connections: int, clock: Callable[[], float] = time.time) -> None:
         self._new = new
+        self._clock = clock
+        self._used_at = -math.inf
         self._free = asyncio.Semaphore(connections)
         self._idle: list[Wire] = []
         self.closed = False
@@ -106,8 +115,11 @@ class Connections:
             yield
         finally:
             self.closed = True
-            while self._idle:
-                await self._idle.pop().aclose()
+            await self._close_idle()
+
+    async def _close_idle(self) -> None:
+        while self._idle:
+            await self._idle.pop().aclose()
 
     def one(self, timeout_s: float) -> "_One":
         """A wire for one request, as soon as there is one to spare; first come, first served."""
@@ -128,6 +140,9 @@ class Connections:
         else:
             await self._free.acquire()
         try:
+            # Each wire looks how long it was idle by the loop's clock, which may have stood still with the process.
+            if self._idle and abs(self._clock() - self._used_at) > KEEP_IDLE_S:
+                await self._close_idle()
             return self._idle.pop() if self._idle else self._new()
         except BaseException:
             self._free.release()
@@ -138,6 +153,7 @@ class Connections:
         try:
             if answered and not self.closed:
                 self._idle.append(wire)
+                self._used_at = self._clock()
             else:
                 await wire.aclose()
         finally:

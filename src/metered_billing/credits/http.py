@@ -543,7 +543,7 @@ class HttpCredits:
         if here is None:
             for gone in [other for other in list(self._loops) if other.is_closed()]:
                 self._loops.pop(gone, None)  # another thread may have been faster
-            connections = Connections(self._new_wire, self._max_connections)
+            connections = Connections(self._new_wire, self._max_connections, self._runtime.now)
             lines = (self._line(at_once) for at_once in (self._deductions_at_once, UNDOING_AT_ONCE))
             here = self._loops[asyncio.get_running_loop()] = _Here(connections, *lines)
             await connections.open()

@@ -154,6 +154,9 @@ class Line:
             task.add_done_callback(partial(self._over, group))
         if self._queue:
             self._watch(min(waiting.until for waiting in self._queue))
+        elif self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _over(self, group: Sequence[Waiting], task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)

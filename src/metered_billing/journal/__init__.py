@@ -15,6 +15,11 @@ class JournalError(Exception):
     """The journal could not be opened, read or written."""
 
 
+class PlaceLost(JournalError):
+    """The charge is certainly not on record: others were given this process's place. It has a new one by now,
+    and the charge can be opened under that `owner`."""
+
+
 class Journal(Protocol):
     """Unsettled charges.
 
@@ -48,6 +53,7 @@ class Journal(Protocol):
         """Put a new charge on record; done when it is synced to disk.
 
         Raises:
+            PlaceLost: Its owner's name is not ours any more.
             JournalError: It is not on record, as far as is known. (Here and below: from the call, or from
                 what it returns.)
         """
@@ -102,6 +108,14 @@ class Journal(Protocol):
         Returns:
             How many were deleted.
         """
+        ...
+
+    async def pause(self) -> None:
+        """Do nothing by itself before `resume`; done when nothing is under way. The process may be frozen then."""
+        ...
+
+    def resume(self) -> None:
+        """Go on, and be heard of before whatever is asked next. Harmless where it was not paused."""
         ...
 
     async def close(self) -> None:

@@ -24,7 +24,7 @@ from typing import Any, Final, LiteralString, TypeVar
 
 from metered_billing.charge import Record
 from metered_billing.commits import StorageError, Waiting
-from metered_billing.journal import JournalError, body_of, record_of, states_of, taken_for
+from metered_billing.journal import JournalError, PlaceLost, body_of, record_of, states_of, taken_for
 from metered_billing.journal.lock import call_in_forked_child
 from metered_billing.postgres import Connection, DatabaseError, PostgresDatabase, first_line
 from metered_billing.runtime import Runtime
@@ -212,7 +212,7 @@ class PostgresJournal:
         place = self._taken()
         charge_id, owner, *columns = _columns(record)
         values = (owner, charge_id, *columns, record.request_id)
-        return _opened(record.id, place.name, place.queue(_Row(OPEN, values, missed=place.beat)))
+        return _opened(record.id, place, place.queue(_Row(OPEN, values)))
 
     def write(self, before: Record, after: Record, *, durable: bool) -> Awaitable[bool]:
         place = self._taken()
@@ -288,6 +288,14 @@ class PostgresJournal:
             forgotten += deleted
         return forgotten
 
+    async def pause(self) -> None:
+        if self._place is not None:
+            await self._place.pause()
+
+    def resume(self) -> None:
+        if self._place is not None:
+            self._place.resume()
+
     async def close(self) -> None:
         place, self._place = self._place, None
         if place is not None:
@@ -301,21 +309,13 @@ class PostgresJournal:
 
 @dataclass(slots=True)
 class _Row:
-    """A charge that is opened or written: whether it was.
-
-    `missed` is called where a charge was not opened. Somebody took us for dead then, and the next request is to find
-    us in place again.
-    """
+    """A charge that is opened or written: whether it was."""
 
     statement: LiteralString
     values: tuple[object, ...]
-    missed: Callable[[], None] | None = None
 
     def __call__(self, connection: Connection) -> bool:
-        done = connection.execute(self.statement, self.values).rowcount == 1
-        if not done and self.missed is not None:
-            self.missed()
-        return done
+        return connection.execute(self.statement, self.values).rowcount == 1
 
 
 class _Database(PostgresDatabase):
@@ -352,6 +352,7 @@ class _Place:
         self._realm = realm
         self._runtime = runtime
         self._left = False
+        self._paused = False
         self._stop_beating: Callable[[], object] = lambda: None
         self.owner = ""
 
@@ -381,9 +382,22 @@ class _Place:
         self._stop_beating = weakref.finalize(self, self._runtime.every(BEAT_EVERY_S, beat))
 
     def beat(self) -> None:
-        """Renew the lease soon, from whichever thread."""
-        with contextlib.suppress(StorageError):  # very much is waiting; the next beat will do
-            self._database.post(self.renew)
+        """Renew the lease soon, from whichever thread; unless we pause."""
+        if not self._paused:
+            with contextlib.suppress(StorageError):  # very much is waiting; the next beat will do
+                self._database.post(self.renew)
+
+    async def pause(self) -> None:
+        """Let the lease run out from now on; done when the thread has nothing under way."""
+        self._paused = True
+        with contextlib.suppress(RuntimeError):  # it is closed: there is no thread any more
+            await self._database.idle()
+
+    def resume(self) -> None:
+        """Renew the lease, in the same transaction as whatever is asked in this turn of the event loop."""
+        self._paused = False
+        with contextlib.suppress(StorageError):
+            self._database.run(self.renew, durable=False).add_done_callback(_heard)
 
     def leave(self) -> "asyncio.Future[None]":
         """Finish what is queued, give the place up and close the connection, whoever waits for it or not."""
@@ -468,12 +482,20 @@ async def _translated(place: str, future: "asyncio.Future[T]") -> T:
         raise JournalError(str(error)) from error
 
 
-async def _opened(charge_id: str, place: str, written: "asyncio.Future[bool]") -> None:
-    if not await _translated(place, written):
-        raise JournalError(
+async def _opened(charge_id: str, place: _Place, written: "asyncio.Future[bool]") -> None:
+    if not await _translated(place.name, written):
+        # Whoever comes next is to find us in place again, too.
+        await place.run(place.renew, durable=False)
+        raise PlaceLost(
             f"charge {charge_id} was not put on record: this process was not heard of for {LEASE_S:.0f} s, or its"
             " journal was closed, so that its place was given to others"
         )
+
+
+def _heard(renewed: "asyncio.Future[bool]") -> None:
+    """Whether it was renewed, the next charge that is opened finds out."""
+    if not renewed.cancelled():
+        renewed.exception()
 
 
 def _columns(record: Record) -> tuple[str, str, str, float, int, float, float | None, str]:

@@ -262,6 +262,12 @@ class SqliteJournal:
             await self._shrink(slot)
         return forgotten
 
+    async def pause(self) -> None:
+        pass  # the lock on its file outlasts a process that is frozen
+
+    def resume(self) -> None:
+        pass
+
     async def close(self) -> None:
         slots, executor = self._slots(), self._executor
         self._executor, self._own, self._adopted, self._done_with = None, None, {}, {}

@@ -1,12 +1,11 @@
 """Tests of translate.py."""
 
-from pathlib import Path
-
-import httpx
 import pytest
 from translate import create_app
 
-from metered_billing import SqlCredits, settled
+from metered_billing.testing import Billing
+
+ANN = {"Authorization": "Bearer ann"}
 
 
 @pytest.fixture
@@ -15,19 +14,19 @@ def anyio_backend() -> str:
 
 
 @pytest.mark.anyio
-async def test_words_that_are_not_known_are_refunded(tmp_path: Path) -> None:
-    ledger = SqlCredits(tmp_path / "credits.db")
-    await ledger.grant("acme", "ann", amount=5, reason="test", idempotency_key="grant-1")
-    app = create_app(credits=ledger, journal=tmp_path / "journal")
-
-    transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://app") as client:
-        response = await client.post(
-            "/translate", json={"words": ["cat", "xyzzy"]}, headers={"Authorization": "Bearer ann"}
-        )
-
-    assert response.status_code == 200
+async def test_words_that_are_not_known_are_refunded(billing: Billing) -> None:
+    billing.grant("acme", 5, user_id="ann")
+    async with billing.client(create_app(), headers=ANN) as client:
+        response = await client.post("/translate", json={"words": ["cat", "xyzzy"]})
     assert response.headers["Credits-Refunded"] == "1"
-    await settled()  # the refund goes out after the response
-    assert await ledger.balance("acme", "ann") == 4
-    await ledger.aclose()
+    billing.assert_charged("acme", "ann", kept=1, refunded=1)
+
+
+@pytest.mark.anyio
+async def test_lost_reply_is_charged_once(billing: Billing) -> None:
+    billing.grant("acme", 5, user_id="ann")
+    billing.fail_next("deduct", "lost reply")
+    async with billing.client(create_app(), headers=ANN) as client:
+        response = await client.post("/translate", json={"words": ["cat"]})
+    assert response.status_code == 200
+    billing.assert_charged("acme", "ann", kept=1)

@@ -40,9 +40,8 @@ def translated(word: str) -> dict[str, str]:
     return {"id": word, "status": "failed"}
 
 
-def create_app(**billing: Any) -> FastAPI:
-    """The app. `billing` goes to the middleware; tests use it."""
+def create_app() -> FastAPI:
     app = FastAPI()
     app.include_router(router)
-    app.add_middleware(MeteredBillingMiddleware, account=account_of, **billing)
+    app.add_middleware(MeteredBillingMiddleware, account=account_of)
     return app

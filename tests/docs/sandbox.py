@@ -62,8 +62,10 @@ class Sandbox:
             "metered-billing": self._metered_billing,
             "curl": self._curl,
             "python": self._python,
-            # With what the reader has, and none of this project's plugins.
-            "pytest": lambda arguments: self._python(["-m", "pytest", "-p", "anyio", *arguments]),
+            # With what the reader has, and none of this project's plugins but its own.
+            "pytest": lambda arguments: self._python(
+                ["-m", "pytest", "-p", "anyio", "-p", "pytest_metered_billing", *arguments]
+            ),
         }
         return self._to_shown(runs[words[0]](words[1:]))
 

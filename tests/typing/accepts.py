@@ -27,6 +27,7 @@ from metered_billing import (
     metered,
     settled,
 )
+from metered_billing.testing import FAULTS, Billing, Call, Entry, in_memory, in_process, on_a_socket
 
 
 class Images(BaseModel):
@@ -192,3 +193,41 @@ async def ledger() -> None:
     page = await books.transactions("acme", limit=10)
     assert_type(page.next_cursor, str | None)
     await books.aclose()
+
+
+# The test kit.
+
+
+def test_route(billing: Billing) -> None:
+    billing.grant("acme", 100)
+    billing.grant("acme", 100, user_id="ann")
+    billing.fail_next("deduct", "lost reply")
+    billing.fail_next("refund", "500 after commit", 3, optional=True)
+    billing.fail_always("void", "timeout")
+    billing.down()
+    billing.up()
+    for fault, kind in FAULTS.items():
+        for operation in kind.only:
+            billing.fail_next(operation, fault)
+    billing.assert_charged("acme", "ann", kept=8, refunded=2)
+    billing.assert_not_charged("acme")
+    billing.assert_balanced()
+    assert_type(billing.balance("acme"), int)
+    assert_type(billing.entries("acme"), list[Entry])
+    for call in billing.calls:
+        assert_type(call, Call)
+        assert_type(call.status, int | None)
+
+
+async def test_asynchronously(billing: Billing) -> None:
+    async with billing.client(app, headers={"X-User": "ann"}) as client:
+        assert_type((await client.post("/work")).status_code, int)
+    async with billing.client(Starlette()):
+        await billing.settled()
+    async with in_memory() as fresh:
+        assert_type(fresh, Billing)
+
+
+def test_without_fixtures() -> None:
+    with in_memory() as billing, in_process(Path("files")) as real, on_a_socket() as served:
+        assert_type((billing, real, served), tuple[Billing, Billing, Billing])

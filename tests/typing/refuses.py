@@ -12,6 +12,7 @@ from metered_billing import (
     current_charge,
     metered,
 )
+from metered_billing.testing import Billing
 
 
 @metered(cost=1)
@@ -81,3 +82,13 @@ HttpCredits("https://credits.internal", token=5)  # type: ignore[arg-type]
 HttpCredits("https://credits.internal", timeout="5")  # type: ignore[call-arg]
 SqlCredits(5)  # type: ignore[arg-type]
 Settings(credits=5)  # type: ignore[arg-type]
+
+
+# The test kit.
+def test_route(billing: Billing) -> None:
+    billing.fail_next("deduct", "lost replay")  # type: ignore[arg-type]
+    billing.fail_next("grant", "503")  # type: ignore[arg-type]
+    billing.grant("acme")  # type: ignore[call-arg]
+    billing.assert_charged("acme")  # type: ignore[call-arg]
+    billing.assert_charged("acme", 8, 2)  # type: ignore[call-arg, arg-type]
+    billing.settled()  # type: ignore[unused-coroutine]

@@ -34,6 +34,7 @@ _LEVELS: Final[Mapping[str, int]] = {
     names.LOG_UNAVAILABLE: logging.ERROR,
     names.LOG_POSTPONED: logging.WARNING,
     names.LOG_REJECTED: logging.CRITICAL,
+    names.LOG_STALE: logging.WARNING,
     names.LOG_DISPUTED: logging.ERROR,
     names.LOG_OWNERSHIP_LOST: logging.WARNING,
     names.LOG_MISMATCH: logging.WARNING,
@@ -220,7 +221,8 @@ class Telemetry:
             self._batch_sizes.record(len(batched) or 1)
         if resend:
             attributes[names.HTTP_RESEND_COUNT] = resend
-            self._retries.add(1, {names.OPERATION: operation})
+            if operation in names.RETRIED:
+                self._retries.add(1, {names.OPERATION: operation})
         recorded = [each for each in batched if each.is_recording()]
         links = [Link(each.get_span_context()) for each in recorded[:MAX_LINKS]]
         if batched:

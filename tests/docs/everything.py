@@ -23,6 +23,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry
+from pydantic import SecretStr
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -31,6 +32,7 @@ from starlette.routing import Route
 from metered_billing import Account, HttpCredits, MeteredBillingMiddleware, biller, metered, settled
 from metered_billing.charge import Record
 from metered_billing.credits import line
+from metered_billing.credits.token import RotatingToken, TokenUnreadable
 from metered_billing.journal import JournalError
 from metered_billing.journal.sqlite import SqliteJournal
 from metered_billing.ledger import Ledger, LedgerCorrupt, LedgerUnavailable
@@ -81,11 +83,17 @@ class Everything:
             sleep=lambda _: asyncio.sleep(0),
         )
         self.ledger = Ledger(directory / "credits.db", committed=self.telemetry.committed("ledger"))
-        self.service = create_app(self.ledger, Tokens({"admin-secret": "admin"}))
+        self.service = create_app(self.ledger, Tokens({"admin-secret": "admin", "other-secret": "admin"}))
+        self._read_token: Any = lambda: "admin-secret"
         self.line = Line(httpx.ASGITransport(self.service, raise_app_exceptions=False))
         self.credits = HttpCredits(
             "http://credits",
-            token="admin-secret",
+            token=RotatingToken(
+                lambda: self._read_token(),
+                held=SecretStr("admin-secret"),
+                runtime=self.runtime,
+                telemetry=self.telemetry,
+            ),
             transport=self.line,
             breaker_failures=6,
             runtime=self.runtime,
@@ -210,6 +218,7 @@ class Everything:
             await self._outcomes()
             await self._crowds()
             await self._refusals()
+            await self._rotation()
             await self._trouble_afterwards()
             await self._trouble_with_the_journal()
             await self._service()
@@ -249,6 +258,18 @@ class Everything:
             assert await self.post() == 503
         await self._cancelled(self.credits, "deduct", self.post())
         await self.later()
+
+    async def _rotation(self) -> None:
+        def unreadable() -> str:
+            raise TokenUnreadable("no permission")
+
+        for read, event in ((unreadable, "credits.token_stale"), (lambda: "other-secret", "credits.token_rotated")):
+            self._read_token = read
+            self._later_s += 1_000
+            assert await self.post() == 200
+            while not any(log["event"] == event for log in self.logs):
+                await asyncio.sleep(0.001)
+        assert await self.post() == 200
 
     async def _trouble_afterwards(self) -> None:
         assert await self.post(answer=BAD, faults=["ok", "500"]) == 200  # then the refund is put off

@@ -9,7 +9,7 @@ import httpx
 
 from metered_billing.cli.failure import Failure
 from metered_billing.credits.contract import segment
-from metered_billing.credits.http import checked_token
+from metered_billing.credits.token import checked_token
 from metered_billing.errors import TYPE_PREFIX
 from metered_billing.ledger import Grant, Ledger, LedgerError, LedgerNotOpened
 

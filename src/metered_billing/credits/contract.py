@@ -8,7 +8,7 @@ See docs/reference/credits-api.md and docs/reference/answers.md.
 import email.utils
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from urllib.parse import quote
 
@@ -100,11 +100,16 @@ class Call:
 
 @dataclass(slots=True)
 class Reply:
-    """An HTTP answer: `body` is its JSON, or None where it has none that can be read."""
+    """An HTTP answer: `body` is its JSON, or None where it has none that can be read.
+
+    Attributes:
+        doubt: Why an earlier copy of the same call may have taken effect, or take it yet.
+    """
 
     status: int
     headers: Mapping[str, str]
     body: Any
+    doubt: str | None = field(default=None, kw_only=True)
 
     @property
     def problem(self) -> str | None:

@@ -7,6 +7,7 @@ happens, the answer is a value, and it never says "not sent" of something that m
 """
 
 import asyncio
+import contextlib
 import json
 import math
 import re
@@ -45,6 +46,7 @@ from metered_billing.credits.breaker import Breaker, Open, RetryBudget
 from metered_billing.credits.connections import NEVER_SENT, Connections, CoreWire, LentWire, Outgoing, Wire
 from metered_billing.credits.contract import Call, Contract, Reply, read_json, retry_after_s
 from metered_billing.credits.line import ALONE, Line, Waiting
+from metered_billing.credits.token import VISIBLE, TokenSource, checked_token
 from metered_billing.runtime import Runtime
 from metered_billing.telemetry import Telemetry, propagate, traceparent_of
 
@@ -70,6 +72,10 @@ _CROWDED = "too many are waiting for the credits service"
 _LATE = "waited too long for the credits service"
 _FINAL = (_CIRCUIT_OPEN, _CROWDED, _LATE)
 
+_UNREADABLE = "the token cannot be read"
+_OURS = ("PoolTimeout", _UNREADABLE)
+"""Our own trouble, not the service's fault."""
+
 _HEADERS = (
     (b"Accept", b"application/json, application/problem+json"),
     (b"Accept-Encoding", b"identity"),
@@ -78,7 +84,6 @@ _HEADERS = (
 
 _encode_ascii = json.JSONEncoder(separators=(",", ":")).encode
 
-_TOKEN = re.compile(r"[\x21-\x7e]+")
 _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 
@@ -140,7 +145,8 @@ class HttpCredits:
 
     Args:
         url: `http://` or `https://`, with an optional path in front of `/v1/…`.
-        token: Sent as a bearer token; never logged.
+        token: Sent as a bearer token; never logged. One that may change meanwhile: a `RotatingToken`, or whatever else
+            is a `TokenSource`.
         timeout_s: What a request waits for its deduction in all, retries included.
         attempt_timeout_s: What one attempt may take in all (httpx has no such limit of its own).
         attempts: How often a deduction is tried, always under its one key.
@@ -164,7 +170,7 @@ class HttpCredits:
         self,
         url: str,
         *,
-        token: str | SecretStr | None = None,
+        token: str | SecretStr | TokenSource | None = None,
         timeout_s: float = 5.0,
         attempt_timeout_s: float = 2.0,
         attempts: int = 3,
@@ -185,7 +191,12 @@ class HttpCredits:
         self._server = f"{self._url.scheme}://{self._url.netloc.decode('ascii')}"
         self._host = self._url.host
         self._port = self._url.port or (443 if self._url.scheme == "https" else 80)
-        self._token = checked_token(token)
+        self._token: SecretStr | None = None
+        self._tokens: TokenSource | None = None
+        if token is None or isinstance(token, str | SecretStr):
+            self._token = checked_token(token)
+        else:
+            self._tokens = token
         numbers = (timeout_s, attempt_timeout_s, attempts, breaker_failures, breaker_reset_s)
         if not all(0 < number < math.inf for number in (*numbers, max_connections, max_waiting)):
             raise ValueError("timeouts, attempts, lengths and the breaker's numbers must be above 0, and finite")
@@ -434,10 +445,13 @@ class HttpCredits:
         replies = self._contract.read_batch(outcome, size)
         if replies is not None:
             self._batch_was_answered = True
-            rejected = next((reply.status for reply in replies if reply and reply.status in (401, 403)), None)
-            if rejected is not None:
+            shares = [self._share(outcome, reply) for reply in replies]
+            rejected = next(
+                (each.status for each in shares if isinstance(each, Reply) and each.status in (401, 403)), 0
+            )
+            if rejected:
                 self._telemetry.log(names.LOG_REJECTED, status=rejected, server=self._host)
-            return [_Silence("broken result in a batch", sent=True) if reply is None else reply for reply in replies]
+            return shares
         if outcome.status in (404, 405, 501):
             # One that had batches a moment ago still has: then it is a deployment, or a proxy.
             self._batches = self._batch_was_answered
@@ -445,6 +459,14 @@ class HttpCredits:
         if outcome.status >= 500 or outcome.status in (401, 403, 408, 425, 429):
             return [outcome] * size
         return [_Silence(f"a batch was answered {outcome}", sent=True)] * size
+
+    def _share(self, outcome: Reply, reply: Reply | None) -> Reply | _Silence | _NoBatch:
+        if reply is None:
+            return _Silence("broken result in a batch", sent=True)
+        if reply.status == 401 and self._tokens is not None:
+            return _NoBatch(str(reply))  # by itself it gets the other token, where there is one
+        reply.doubt = outcome.doubt
+        return reply
 
     # One attempt.
 
@@ -465,15 +487,44 @@ class HttpCredits:
             return _Silence(_CIRCUIT_OPEN, sent=False, retry_after_s=admitted.retry_after_s)
         failed: bool | None = None
         try:
-            outcome = await self._attempt(call, timeout_s, operation, resend, content, batched)
+            outcome = await self._authorized(call, timeout_s, operation, resend, content, batched)
             if isinstance(outcome, Reply):
                 # 501 is an answer: a service without voids gives it to every void.
                 failed = outcome.status >= 500 and outcome.status != 501
-            elif outcome.reason != "PoolTimeout":  # our own crowd, not the service's fault
+            elif outcome.reason not in _OURS:
                 failed = True
             return outcome
         finally:
             self._breaker.report(admitted, failed)
+
+    async def _authorized(
+        self, call: Call, timeout_s: float, operation: str, resend: int, content: bytes | None, batched: Sequence[Span]
+    ) -> Reply | _Silence:
+        """Send it with the token, and at once again where that was rejected and there is another by now."""
+        ends, token = self._runtime.monotonic() + timeout_s, self._token
+        if self._tokens is not None:
+            token = self._tokens.held()
+            if token is None:
+                token = await self._another_token(self._tokens, None, ends)
+                timeout_s = ends - self._runtime.monotonic()
+            if token is None or timeout_s <= 0:
+                return _Silence(_UNREADABLE, sent=False)
+        outcome = await self._attempt(call, timeout_s, operation, resend, content, batched, token)
+        if self._tokens is not None and isinstance(outcome, Reply) and outcome.status == 401:
+            token = await self._another_token(self._tokens, token, ends)
+            timeout_s = ends - self._runtime.monotonic()
+            if token is not None and timeout_s > 0:
+                again = await self._attempt(call, timeout_s, operation, resend + 1, content, batched, token)
+                outcome = _after_rejection(outcome, again)
+        if isinstance(outcome, Reply) and outcome.status in (401, 403):
+            self._telemetry.log(names.LOG_REJECTED, status=outcome.status, server=self._host)
+        return outcome
+
+    async def _another_token(self, tokens: TokenSource, rejected: SecretStr | None, ends: float) -> SecretStr | None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ends - self._runtime.monotonic()):
+                return await tokens.another_than(rejected)
+        return None
 
     async def _attempt(
         self,
@@ -481,8 +532,9 @@ class HttpCredits:
         timeout_s: float,
         operation: str,
         resend: int,
-        content: bytes | None = None,
-        batched: Sequence[Span] = (),
+        content: bytes | None,
+        batched: Sequence[Span],
+        token: SecretStr | None,
     ) -> Reply | _Silence:
         target = self._prefix + call.path.encode("ascii")
         url = self._server + target.decode("ascii")
@@ -498,7 +550,7 @@ class HttpCredits:
                     left_s = (whole.when() or 0.0) - asyncio.get_running_loop().time()
                     # Connecting gives up before the whole attempt does: only then is it known not to be sent.
                     received = await wire.send(
-                        Outgoing(call.method, target, self._headers(call, content), content, left_s * 0.9)
+                        Outgoing(call.method, target, self._headers(call, content, token), content, left_s * 0.9)
                     )
             except NEVER_SENT as error:
                 span.failed(type(error).__name__)
@@ -512,11 +564,9 @@ class HttpCredits:
             reply = Reply(received.status, received.headers, read_json(received.content))
             if reply.status >= 400:
                 span.failed(str(reply.status))
-            if reply.status in (401, 403):
-                self._telemetry.log(names.LOG_REJECTED, status=reply.status, server=self._host)
             return reply
 
-    def _headers(self, call: Call, content: bytes | None) -> list[tuple[bytes, bytes]]:
+    def _headers(self, call: Call, content: bytes | None, token: SecretStr | None) -> list[tuple[bytes, bytes]]:
         headers = [*_HEADERS]
         if content is not None:
             headers.append((b"Content-Type", b"application/json"))
@@ -524,10 +574,10 @@ class HttpCredits:
             headers.append((b"Idempotency-Key", call.key.encode("ascii")))
         if call.headers:
             headers += [(name.encode("ascii"), value.encode("ascii")) for name, value in call.headers.items()]
-        if self._token is not None:
+        if token is not None:
             # In no variable of its own: tracebacks in logs may show those.
             name, scheme = self._auth_header
-            headers.append((name, scheme + self._token.get_secret_value().encode("ascii")))
+            headers.append((name, scheme + token.get_secret_value().encode("ascii")))
         carried: dict[str, str] = {}
         propagate(carried)
         headers += [(name.encode("ascii"), value.encode("ascii")) for name, value in carried.items()]
@@ -578,7 +628,7 @@ class HttpCredits:
         if isinstance(answer, Declined) and not self._contract.remembers_declines:
             answer = replace(answer, forgotten=True)
         if not isinstance(answer, Unknown):
-            return _Attempt(answer, again=False)
+            return _Attempt(after_unknown(answer, outcome.doubt) if outcome.doubt else answer, again=False)
         wait_s = retry_after_s(outcome.headers, self._runtime.now())
         answer = Unknown(answer.reason, wait_s or self._breaker.remaining_s() or None, answer.misconfigured)
         voided = outcome.status == 409 and outcome.problem is not None
@@ -605,6 +655,16 @@ def _lean_wire() -> Callable[[httpx.URL, ssl.SSLContext], Wire]:
     except ImportError as error:
         raise ImportError("lean=True needs httptools: pip install 'metered-billing[lean]'") from error
     return LeanWire
+
+
+def _after_rejection(rejected: Reply, outcome: Reply | _Silence) -> Reply | _Silence:
+    """What came of a call whose first copy was answered 401, which is no proof that nothing came of that one."""
+    if rejected.problem is not None:
+        return outcome  # the service itself said so: it did nothing
+    if isinstance(outcome, Reply):
+        outcome.doubt = str(rejected)
+        return outcome
+    return _Silence(f"{rejected}; then {outcome.reason}", sent=True, retry_after_s=outcome.retry_after_s)
 
 
 def _encode(value: Mapping[str, Any]) -> bytes:
@@ -649,8 +709,11 @@ def _unanswered(silence: _Silence) -> Unanswered:
 def _checked_url(url: str) -> httpx.URL:
     try:
         parsed = httpx.URL(url)
-    except (httpx.InvalidURL, TypeError) as error:
-        raise ValueError(f"the credits URL is not a URL: {error}") from None
+    except (httpx.InvalidURL, TypeError):
+        # Not in httpx's own words: they show the part that is wrong, which may be of a password.
+        raise ValueError("the credits URL is not a URL: its host or its port cannot be read") from None
+    if "%20" in parsed.host:
+        raise ValueError("the credits URL must have no spaces in its host")
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ValueError("the credits URL must start with http:// or https:// and name a host")
     if parsed.port is not None and not 0 < parsed.port < 65_536:
@@ -666,20 +729,6 @@ def checked_header(name: str, scheme: str) -> tuple[bytes, bytes]:
     Raises:
         ValueError: They cannot be sent.
     """
-    if not _HEADER.fullmatch(name) or not (scheme == "" or _TOKEN.fullmatch(scheme)):
+    if not _HEADER.fullmatch(name) or not (scheme == "" or VISIBLE.fullmatch(scheme)):
         raise ValueError("a contract's auth_header must be a header's name, and its auth_scheme a word or empty")
     return name.encode("ascii"), (f"{scheme} " if scheme else "").encode("ascii")
-
-
-def checked_token(token: str | SecretStr | None) -> SecretStr | None:
-    """The token, if it can be sent.
-
-    Raises:
-        ValueError: It cannot; the text does not show it.
-    """
-    if token is None:
-        return None
-    secret = token if isinstance(token, SecretStr) else SecretStr(token)
-    if not _TOKEN.fullmatch(secret.get_secret_value()):
-        raise ValueError("the credits token must be visible ASCII without spaces")
-    return secret

@@ -13,7 +13,20 @@ SOURCE = Path(metered_billing.__file__).parent
 
 FLOORS = [
     {"charge", "runtime", "names", "presence"},
-    {"commits", "errors", "outcomes", "explain", "reconcile", "choosing", "sqlite", "postgres", "schemas", "routes"},
+    {
+        "commits",
+        "errors",
+        "outcomes",
+        "explain",
+        "reconcile",
+        "choosing",
+        "sqlite",
+        "postgres",
+        "schemas",
+        "routes",
+        "ssm",
+    },
+    {"sources"},
     {"telemetry", "ledger", "journal", "credits"},
     {"settings", "loops", "settler", "problems", "conformance"},
     {"biller"},

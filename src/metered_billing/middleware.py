@@ -34,7 +34,7 @@ from metered_billing.presence import has_left
 from metered_billing.problems import document
 from metered_billing.routes import check, unwrapped
 from metered_billing.runtime import Runtime
-from metered_billing.settings import Settings, open_credits, open_journal
+from metered_billing.settings import Settings
 from metered_billing.telemetry import Telemetry
 
 T = TypeVar("T")
@@ -54,11 +54,11 @@ class MeteredBillingMiddleware:
     Args:
         app: The app inside.
         credits: A URL (`http(s)://…`, `sqlite:///credits.db`) or a client such as `HttpCredits(…)`; by default
-            `METERED_BILLING_CREDITS`.
+            what `Settings` finds.
         account: Says who pays: its parameters are chosen by name, `request` or an argument of the route, and it
             returns an `Account` or None (401). Without it every route needs its own.
-        journal: The directory of the journal, or `postgresql://…`; by default `METERED_BILLING_JOURNAL`, then
-            `metered-billing-journal`.
+        journal: The directory of the journal, or `postgresql://…`; by default what `Settings` finds, which is
+            `metered-billing-journal` in the end.
         on_disconnect: What happens to the charge when the client has left before the answer.
         on_unavailable: What happens to requests while credits cannot be deducted; only "reject" (503) so far.
         max_body_bytes: The longest response body that outcomes are read from.
@@ -67,7 +67,7 @@ class MeteredBillingMiddleware:
             request, where nothing may be under way between requests (AWS Lambda); by default
             `METERED_BILLING_SETTLE`, then "background".
         settle_timeout_s: How long a request is held up by that at the most; what is not done then is done later.
-        settings: Instead of the environment.
+        settings: Instead of those that are looked for.
 
     Raises:
         ValueError, TypeError: A setting cannot be right; at start-up, for that is when Starlette makes it.
@@ -105,17 +105,15 @@ class MeteredBillingMiddleware:
         self.settle = checked_choice("settle", settings.settle if settle is None else settle, Settle)
         self.settle_timeout_s = settle_timeout_s
         self.telemetry = telemetry or Telemetry()
-        credits = settings.credits if credits is None else credits  # noqa: A001
-        if credits is None:
+        if credits is None and settings.credits is None:
             raise ValueError(
                 "MeteredBillingMiddleware does not know where credits are kept: give it credits=…, or set"
                 " METERED_BILLING_CREDITS (sqlite:///credits.db needs no service)"
             )
-        if isinstance(credits, str):
-            credits = open_credits(credits, settings.token, runtime, self.telemetry)  # noqa: A001
-        journal = settings.journal if journal is None else journal
-        if isinstance(journal, str | Path):
-            journal = open_journal(journal, runtime, self.telemetry)
+        if credits is None or isinstance(credits, str):
+            credits = settings.open_credits(credits, runtime, self.telemetry)  # noqa: A001
+        if journal is None or isinstance(journal, str | Path):
+            journal = settings.open_journal(journal, runtime, self.telemetry)
         self._inline = self.settle == "inline"
         self.biller = Biller(credits, journal, runtime=runtime, telemetry=self.telemetry, inline=self._inline)
         self._checked = False

@@ -1,28 +1,52 @@
-"""Settings: what was not given in code comes from the environment, and becomes a client and a journal here."""
+"""Settings: what was not given in code is looked for elsewhere, and becomes a client and a journal here."""
 
+import os
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import unquote
 
-from pydantic import SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import PrivateAttr, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from metered_billing.credits import Credits
 from metered_billing.credits.contract import Contract
 from metered_billing.credits.http import HttpCredits
 from metered_billing.credits.sql import SqlCredits
+from metered_billing.credits.token import RotatingToken, TokenSource, TokenUnreadable, checked_token
 from metered_billing.journal import Journal
 from metered_billing.journal.sqlite import SqliteJournal
 from metered_billing.ledger.places import POSTGRES
 from metered_billing.runtime import Runtime
+from metered_billing.sources import (
+    CODE,
+    DEFAULT,
+    PREFIX,
+    SSM,
+    Found,
+    InvalidSettings,
+    from_environment,
+    from_file,
+    from_ssm,
+)
+from metered_billing.ssm import Parameters, ParametersUnreadable
 from metered_billing.telemetry import Telemetry
 
 SQLITE = "sqlite:///"
 
+IN_SSM = frozenset({"credits", "token", "journal"})
+
+_ABSENT: Any = object()
+
 
 class Settings(BaseSettings):
-    """What the middleware needs to know, each from `METERED_BILLING_<NAME>` where it is not given.
+    """What the middleware needs to know.
+
+    Each is looked for in this order: given here, the environment (`METERED_BILLING_<NAME>`), the file `.env` in the
+    working directory, AWS SSM Parameter Store under `ssm_prefix`, the default. SSM is asked only where something is
+    not found before; that blocks, for some seconds at the most.
 
     Attributes:
         credits: Where credits are kept: `http(s)://…`, `sqlite:///credits.db` for a ledger in this process, or
@@ -30,19 +54,133 @@ class Settings(BaseSettings):
         token: The credits service's bearer token.
         journal: The directory of the journal (a path, or `sqlite:///DIRECTORY`), or `postgresql://…`.
         settle: When refunds and voids go out: in the "background", or "inline", before the request is over.
+        ssm_prefix: Where in SSM: `/metered-billing/prod` has the parameters `/metered-billing/prod/token` and so on.
+
+    Raises:
+        InvalidSettings: One cannot be right or cannot be read, or a name is no setting.
+        ImportError: SSM, without `metered-billing[ssm]`.
     """
 
-    model_config = SettingsConfigDict(env_prefix="METERED_BILLING_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, hide_input_in_errors=True)
 
     credits: str | None = None
     token: SecretStr | None = None
     journal: str = "metered-billing-journal"
     settle: Literal["background", "inline"] = "background"
+    ssm_prefix: str | None = None
+
+    _found: Mapping[str, Found] = PrivateAttr(default_factory=dict)
+    _parameters: Parameters | None = PrivateAttr(default=None)
+
+    def __init__(
+        self,
+        *,
+        credits: str | None = _ABSENT,  # noqa: A002 - the field's word
+        token: SecretStr | None = _ABSENT,
+        journal: str = _ABSENT,
+        settle: Literal["background", "inline"] = _ABSENT,
+        ssm_prefix: str | None = _ABSENT,
+        _env_file: str | Path | None = ".env",
+    ) -> None:
+        values = (credits, token, journal, settle, ssm_prefix)
+        settings = ("credits", "token", "journal", "settle", "ssm_prefix")
+        given = zip(settings, values, strict=True)
+        found = {name: Found(value, CODE, name) for name, value in given if value is not _ABSENT}
+        variables = from_environment(settings, os.environ)
+        file = {} if _env_file is None else from_file(settings, Path(_env_file))
+        found = {**file, **variables, **found}
+        parameters = None
+        if "ssm_prefix" in found and found["ssm_prefix"].value is not None and not found.keys() >= IN_SSM:
+            parameters = _parameters_at(found["ssm_prefix"])
+            found = {**from_ssm(sorted(IN_SSM), parameters, found["ssm_prefix"].name), **found}
+        try:
+            super().__init__(**{name: each.value for name, each in found.items()})
+        except ValidationError as error:
+            # Not pydantic's own text, nor its cause: both may show the value.
+            wrong = [(found[str(each["loc"][0])].name, each["msg"]) for each in error.errors(include_input=False)]
+            raise InvalidSettings("; ".join(f"{name}: {why.lower()}" for name, why in wrong)) from None
+        self._found = found
+        self._parameters = parameters
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        *_: PydanticBaseSettingsSource,
+        **__: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """None of pydantic's: they do not say which of them a value is from."""
+        return (init_settings,)
+
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """Where each setting is from: `code`, `environment`, `.env`, `SSM` or `default`."""
+        return {name: self._found[name].source if name in self._found else DEFAULT for name in type(self).model_fields}
+
+    def token_source(
+        self, runtime: Runtime | None = None, telemetry: Telemetry | None = None
+    ) -> SecretStr | TokenSource | None:
+        """The token, for an `HttpCredits`: where it is from SSM, it is read there again and again."""
+        if self.sources["token"] != SSM or self._parameters is None:
+            return self.token
+        parameters = self._parameters
+
+        def read() -> str | None:
+            try:
+                return parameters.read().get("token")
+            except ParametersUnreadable as error:
+                raise TokenUnreadable(str(error)) from None
+
+        return RotatingToken(read, held=self.token, runtime=runtime, telemetry=telemetry)
+
+    def open_credits(self, url: str | None, runtime: Runtime, telemetry: Telemetry) -> Credits:
+        """The client for this URL, or else for the one that was found, with the token that was found.
+
+        Raises:
+            ValueError, ImportError: As `open_credits`; `InvalidSettings` where it is not this URL that is wrong.
+        """
+        with self._naming("token"):
+            token = self.token_source(runtime, telemetry)
+            checked_token(self.token)
+        if url is not None:
+            return open_credits(url, token, runtime, telemetry)
+        with self._naming("credits"):
+            return open_credits(self.credits or "", token, runtime, telemetry)
+
+    def open_journal(self, place: str | Path | None, runtime: Runtime, telemetry: Telemetry) -> Journal:
+        """The journal at this place, or else at the one that was found.
+
+        Raises:
+            ValueError, ImportError: Likewise.
+        """
+        if place is not None:
+            return open_journal(place, runtime, telemetry)
+        with self._naming("journal"):
+            return open_journal(self.journal, runtime, telemetry)
+
+    @contextmanager
+    def _naming(self, setting: str) -> Iterator[None]:
+        """Say which setting it is, and from where, that something inside cannot do with."""
+        try:
+            yield
+        except InvalidSettings:
+            raise
+        except ValueError as error:
+            name = self._found[setting].name if setting in self._found else setting
+            raise InvalidSettings(f"{name}: {error}") from None
+
+
+def _parameters_at(prefix: Found) -> Parameters:
+    try:
+        return Parameters(str(prefix.value))
+    except ValueError as error:
+        raise InvalidSettings(f"{prefix.name}: {error}") from None
 
 
 def open_credits(
     url: str,
-    token: SecretStr | None,
+    token: SecretStr | TokenSource | None,
     runtime: Runtime,
     telemetry: Telemetry,
     *,

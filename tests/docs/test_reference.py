@@ -19,6 +19,8 @@ from metered_billing.credits.contract import Contract, Reply
 from metered_billing.errors import BillingError
 from metered_billing.middleware import Exchange
 from metered_billing.reconcile import KINDS
+from metered_billing.settings import IN_SSM
+from metered_billing.sources import CODE, DEFAULT, ENVIRONMENT, SSM
 
 from .pages import DOCS, UPDATE, Page, code, table
 
@@ -103,9 +105,17 @@ def test_parameters_and_defaults_are_on_the_page(heading: str, callable_: Any) -
 
 def test_settings_are_on_the_page() -> None:
     """Each with its variable."""
-    rows = table(Page(REFERENCE / "decorator.md"), "Settings")
+    rows = table(Page(REFERENCE / "settings.md"), "What there is")
     prefix = Settings.model_config["env_prefix"]
     assert {code(row[0])[0] for row in rows} == {f"{prefix}{name.upper()}" for name in Settings.model_fields}
+    assert {name for row in rows for name in code(row[1])} == IN_SSM
+    assert {row[0] for row in table(Page(REFERENCE / "settings.md"), "Where they are looked for")} == {
+        CODE,
+        ENVIRONMENT,
+        "`.env`",
+        f"AWS {SSM}",
+        DEFAULT,
+    }
     assert Settings.model_fields["journal"].default in str(rows)
 
 
@@ -138,7 +148,7 @@ def test_response_headers_are_on_the_page() -> None:
 def test_public_names_are_on_the_page() -> None:
     """All of them; and what a service with other paths and fields overrides."""
     shown = {name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)$", Page(REFERENCE / "api.md").text, re.M)}
-    assert shown == {*metered_billing.__all__, "Contract", "Call", "Reply"}
+    assert shown == {*metered_billing.__all__, "Contract", "Call", "Reply", "RotatingToken"}
 
 
 # cli.md

@@ -27,6 +27,7 @@ from metered_billing import (
     metered,
     settled,
 )
+from metered_billing.credits.token import RotatingToken
 from metered_billing.testing import FAULTS, Billing, Call, Entry, in_memory, in_process, on_a_socket
 
 
@@ -160,6 +161,9 @@ app.add_middleware(
 )
 Starlette(middleware=[Middleware(MeteredBillingMiddleware, account=payer)])
 MeteredBillingMiddleware(app, settings=Settings(credits="sqlite:///credits.db"))
+Settings(credits=None, token=SecretStr("t"), journal="j", ssm_prefix="/prod", _env_file=None)
+HttpCredits("http://credits", token=Settings().token_source())
+HttpCredits("http://credits", token=RotatingToken(lambda: "t"))
 
 route: Callable[..., Any] = app.post("/work")(asynchronous)
 

@@ -64,10 +64,10 @@ class Charge:
         balance: int | None = None,
         span: Span | None = None,
     ) -> None:
-        self.id = charge_id
-        self.paid = paid
-        self.balance = balance
-        self.amount_credits = 0 if record is None else record.amount_credits
+        self.id: str = charge_id
+        self.paid: Paid = paid
+        self.balance: int | None = balance
+        self.amount_credits: int = 0 if record is None else record.amount_credits
         self._account = account
         self._record = record
         self._said = Said(paid)

@@ -36,15 +36,15 @@ class Offer:
     """
 
     def __init__(self, endpoint: Callable[..., Any]) -> None:
-        self.signature = signature_of(endpoint)
+        self.signature: inspect.Signature = signature_of(endpoint)
         parameters = [parameter for parameter in self.signature.parameters.values() if parameter.kind in _NAMED]
-        self.names = [parameter.name for parameter in parameters]
-        self.defaults = {
+        self.names: list[str] = [parameter.name for parameter in parameters]
+        self.defaults: dict[str, Any] = {
             parameter.name: parameter.default
             for parameter in parameters
             if parameter.default is not inspect.Parameter.empty
         }
-        self.request_name = next((p.name for p in parameters if is_kind(p.annotation, Request)), None)
+        self.request_name: str | None = next((p.name for p in parameters if is_kind(p.annotation, Request)), None)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], scope: Scope) -> "Bound":
         """The arguments of one call.
@@ -63,7 +63,7 @@ class Bound:
     __slots__ = ("_request", "_request_name", "_scope", "arguments")
 
     def __init__(self, request_name: str | None, arguments: Mapping[str, Any], scope: Scope) -> None:
-        self.arguments = arguments
+        self.arguments: Mapping[str, Any] = arguments
         self._request_name = request_name
         self._scope = scope
         self._request: Request | None = None

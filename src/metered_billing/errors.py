@@ -82,7 +82,7 @@ class InsufficientCredits(BillingError):
     def __init__(self, required: int, balance: int | None) -> None:
         self.required = required
         self.balance = balance
-        self.shortfall = None if balance is None else max(required - balance, 0)
+        self.shortfall: int | None = None if balance is None else max(required - balance, 0)
         has = "fewer" if balance is None else str(balance)
         credits_ = "1 credit" if required == 1 else f"{required} credits"
         super().__init__(

@@ -94,17 +94,17 @@ class MeteredBillingMiddleware:
         runtime = runtime or Runtime()
         self.app = app
         self.account = account
-        self.on_disconnect = checked_choice("on_disconnect", on_disconnect, OnDisconnect)
-        self.on_unavailable = checked_choice("on_unavailable", on_unavailable, OnUnavailable)
+        self.on_disconnect: OnDisconnect = checked_choice("on_disconnect", on_disconnect, OnDisconnect)
+        self.on_unavailable: OnUnavailable = checked_choice("on_unavailable", on_unavailable, OnUnavailable)
         if max_body_bytes < 0 or drain_timeout_s < 0 or settle_timeout_s < 0:
             raise ValueError("max_body_bytes, drain_timeout_s and settle_timeout_s cannot be below 0")
         if account is not None and not callable(account):
             raise TypeError(f"account must be a function that returns an Account; this is {account!r}")
         self.max_body_bytes = max_body_bytes
         self.drain_timeout_s = drain_timeout_s
-        self.settle = checked_choice("settle", settings.settle if settle is None else settle, Settle)
+        self.settle: Settle = checked_choice("settle", settings.settle if settle is None else settle, Settle)
         self.settle_timeout_s = settle_timeout_s
-        self.telemetry = telemetry or Telemetry()
+        self.telemetry: Telemetry = telemetry or Telemetry()
         if credits is None and settings.credits is None:
             raise ValueError(
                 "MeteredBillingMiddleware does not know where credits are kept: give it credits=…, or set"
@@ -115,7 +115,7 @@ class MeteredBillingMiddleware:
         if journal is None or isinstance(journal, str | Path):
             journal = settings.open_journal(journal, runtime, self.telemetry)
         self._inline = self.settle == "inline"
-        self.biller = Biller(credits, journal, runtime=runtime, telemetry=self.telemetry, inline=self._inline)
+        self.biller: Biller = Biller(credits, journal, runtime=runtime, telemetry=self.telemetry, inline=self._inline)
         self._checked = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -316,8 +316,8 @@ class Operation:
     __slots__ = ("_attributes", "_began", "_name", "_telemetry", "_token", "outcome", "span")
 
     def __init__(self, span: Span, name: str, telemetry: Telemetry, attributes: dict[str, Any] | None = None) -> None:
-        self.span = span
-        self.outcome = "ok"
+        self.span: Span = span
+        self.outcome: str = "ok"
         self._name = name
         self._telemetry = telemetry
         self._attributes = {} if attributes is None else attributes

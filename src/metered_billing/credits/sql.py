@@ -58,7 +58,7 @@ class SqlCredits:
     remembers_declines = True
 
     def __init__(self, url: str | Path, *, runtime: Runtime | None = None, telemetry: Telemetry | None = None) -> None:
-        self.ledger = Ledger(url, runtime, committed=(telemetry or Telemetry()).committed("ledger"))
+        self.ledger: Ledger = Ledger(url, runtime, committed=(telemetry or Telemetry()).committed("ledger"))
 
     @property
     def realm(self) -> str:

@@ -50,7 +50,7 @@ class Said:
         # A route may work in threads, and each may say what failed in it.
         self._lock = Lock()
         self.items: set[str] = set()
-        self.units = 0
+        self.units: int = 0
 
     def fail(self, item: str | None = None, *, units: int | None = None) -> None:
         """One item failed, or so many units: they will be refunded, whatever the response reports.

@@ -534,7 +534,7 @@ async def test_account_function_that_does_not_fit_a_route_keeps_the_app_from_sta
     def account(user: str) -> Account:
         return Account(user)
 
-    with pytest.raises(Exception, match="account asks for 'user', which the route has not"):
+    with pytest.raises(Exception, match="account asks for 'user', which Work has not"):
         await post(app_with(bench, metered(cost=1)(Work()), account=account))
 
 
@@ -742,47 +742,82 @@ def test_decoration_of_what_cannot_be_metered_is_refused(endpoint: Any, says: st
 async def plain(body: Images, n: int) -> None: ...
 
 
-@pytest.mark.parametrize(
-    ("terms", "says"),
-    [
-        ({"cost": lambda user: 1}, "cost asks for 'user'.*this route offers: body, n, request"),
-        ({"cost": 1, "price": lambda x: 1}, "price asks for 'x'"),
-        ({"cost": 1, "account": lambda x: 1}, "account asks for 'x'"),
-        ({"cost": 1, "outcomes": lambda returned, x: 1}, "outcomes asks for 'x'"),
-        ({"cost": 1, "outcomes": lambda: 1}, "what the route returned as its first parameter"),
-        ({"cost": 1, "outcomes": lambda *, returned: 1}, "what the route returned as its first parameter"),
-        ({"cost": len}, "cost asks for 'obj'"),
-        ({"cost": dict.get}, "cost asks for 'self'"),
-        ({"cost": 1, "outcomes": 5}, "JSONPath or a function"),
-        ({"cost": type("C", (), {"__call__": 5})()}, "its parameters cannot be read"),
-        ({"cost": True}, "whole number"),
-        ({"cost": 1.5}, "whole number"),
-        ({"cost": None}, "whole number"),
-        ({"cost": 1, "price": "1"}, "whole number"),
-    ],
-)
-def test_decoration_with_what_does_not_fit_is_refused(terms: Any, says: str) -> None:
-    """Names that the endpoint has not, and values that are no price, at once and in words."""
-    with pytest.raises(TypeError, match=says):
-        metered(**terms)(plain)
+OFFERS = "Its parameters are chosen by name; this route offers: body, n, request"
+FIRST = "must take what the route returned as its first parameter. Further ones are chosen by name; this route offers:"
+COST = "cost must be a whole number of units, or a function that returns one or a mapping of item id to units; this is"
+READS = 'outcomes must be a JSONPath ("$.results[*]") or a function of what the route returned; this is'
 
 
-@pytest.mark.parametrize(
-    ("terms", "says"),
-    [
-        ({"cost": -1}, "from 0"),
-        ({"cost": 1, "price": -1}, "from 0"),
-        ({"cost": 1, "max_units": 0}, "max_units"),
-        ({"cost": 1, "max_units": True}, "max_units"),
-        ({"cost": 1, "on_disconnect": "forget"}, "on_disconnect must be one of 'refund', 'keep'"),
-        ({"cost": 1, "on_unavailable": "allow"}, "on_unavailable must be one of 'reject'"),
-        ({"cost": 1, "outcomes": "results[*"}, "results"),
-    ],
-)
-def test_decoration_with_values_out_of_range_is_refused(terms: Any, says: str) -> None:
-    """Likewise."""
-    with pytest.raises(ValueError, match=says):
+def units(users: str) -> int:
+    return 1
+
+
+def no_parameter() -> int:
+    return 1
+
+
+def only_by_name(*, returned: object) -> int:
+    return 1
+
+
+class Uncallable:
+    __call__ = 5
+
+
+REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    # Names that the route has not: which argument, and what there is.
+    ({"cost": units}, TypeError, f"cost asks for 'users', which plain has not. {OFFERS}"),
+    ({"cost": lambda bdy: 1}, TypeError, f"cost asks for 'bdy', which plain has not: 'body'? {OFFERS}"),
+    ({"cost": lambda reqest: 1}, TypeError, f"cost asks for 'reqest', which plain has not: 'request'? {OFFERS}"),
+    ({"cost": 1, "price": units}, TypeError, f"price asks for 'users', which plain has not. {OFFERS}"),
+    ({"cost": 1, "account": units}, TypeError, f"account asks for 'users', which plain has not. {OFFERS}"),
+    (
+        {"cost": 1, "outcomes": lambda returned, users: 1},
+        TypeError,
+        f"outcomes asks for 'users', which plain has not. {OFFERS}",
+    ),
+    ({"cost": len}, TypeError, f"cost asks for 'obj', which plain has not. {OFFERS}"),
+    ({"cost": dict.get}, TypeError, f"cost asks for 'self', which plain has not. {OFFERS}"),
+    ({"cost": 1, "outcomes": no_parameter}, TypeError, f"outcomes=no_parameter {FIRST} body, n, request"),
+    ({"cost": 1, "outcomes": only_by_name}, TypeError, f"outcomes=only_by_name {FIRST} body, n, request"),
+    # What is no function of ours.
+    ({"cost": dict}, TypeError, "cost=dict: its parameters cannot be read; wrap it in a function"),
+    ({"cost": Uncallable()}, TypeError, "cost=Uncallable: its parameters cannot be read; wrap it in a function"),
+    ({"cost": 1, "account": "acme"}, TypeError, "account must be a function; this is str 'acme'"),
+    ({"cost": 1, "outcomes": 5}, TypeError, f"{READS} int 5"),
+    # What is no price.
+    ({"cost": True}, TypeError, "cost must be a whole number; this is bool True"),
+    ({"cost": 1.5}, TypeError, f"{COST} float 1.5"),
+    ({"cost": "1"}, TypeError, f"{COST} str '1'"),
+    ({"cost": None}, TypeError, f"{COST} NoneType None"),
+    ({"cost": {"a": 1}}, TypeError, f"{COST} dict {{'a': 1}}"),
+    ({"cost": 1, "price": "1"}, TypeError, "price must be a whole number; this is str '1'"),
+    ({"cost": 1, "price": 0.5}, TypeError, "price must be a whole number; this is float 0.5"),
+    # Values out of range.
+    ({"cost": -1}, ValueError, "cost must be from 0 to 9007199254740991; this is int -1"),
+    ({"cost": 1, "price": -1}, ValueError, "price must be from 0 to 9007199254740991; this is int -1"),
+    ({"cost": 1, "max_units": 0}, ValueError, "max_units must be a whole number from 1; this is 0"),
+    ({"cost": 1, "max_units": True}, ValueError, "max_units must be a whole number from 1; this is True"),
+    (
+        {"cost": 1, "on_disconnect": "forget"},
+        ValueError,
+        "on_disconnect must be one of 'refund', 'keep'; this is 'forget'",
+    ),
+    ({"cost": 1, "on_unavailable": "allow"}, ValueError, "on_unavailable must be one of 'reject'; this is 'allow'"),
+    (
+        {"cost": 1, "outcomes": "results[*]"},
+        ValueError,
+        "outcomes: not a JSONPath (RFC 9535): 'results[*]': expected '$', found 'r', line 1, column 0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("terms", "kind", "says"), REFUSED, ids=[says[:40] for _, _, says in REFUSED])
+def test_decoration_with_what_does_not_fit_is_refused(terms: dict[str, Any], kind: type[Exception], says: str) -> None:
+    """At once, naming the argument, what is wrong with it, and what the route offers."""
+    with pytest.raises(kind) as refused:
         metered(**terms)(plain)
+    assert str(refused.value) == says
 
 
 def test_decoration_with_names_that_fit_is_not_refused() -> None:

@@ -1,11 +1,14 @@
 """Functions whose arguments are chosen by name from an endpoint's, as pytest chooses fixtures."""
 
+import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.requests import Request
 from starlette.types import Message, Scope
+
+from metered_billing.outcomes.paid import described
 
 REQUEST = "request"
 
@@ -28,6 +31,11 @@ def signature_of(fn: Callable[..., Any]) -> inspect.Signature:
         return inspect.signature(fn)
 
 
+def name_of(fn: object) -> str:
+    """What a function is called, for errors and for people."""
+    return str(getattr(fn, "__qualname__", type(fn).__qualname__))
+
+
 class Offer:
     """What an endpoint offers: its parameters, by name, and its request.
 
@@ -36,6 +44,7 @@ class Offer:
     """
 
     def __init__(self, endpoint: Callable[..., Any]) -> None:
+        self.name = name_of(endpoint)
         self.signature: inspect.Signature = signature_of(endpoint)
         parameters = [parameter for parameter in self.signature.parameters.values() if parameter.kind in _NAMED]
         self.names: list[str] = [parameter.name for parameter in parameters]
@@ -45,6 +54,10 @@ class Offer:
             if parameter.default is not inspect.Parameter.empty
         }
         self.request_name: str | None = next((p.name for p in parameters if is_kind(p.annotation, Request)), None)
+
+    def in_words(self) -> str:
+        """What there is to choose from, for errors."""
+        return f"this route offers: {', '.join([*self.names, *([] if REQUEST in self.names else [REQUEST])])}"
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], scope: Scope) -> "Bound":
         """The arguments of one call.
@@ -106,10 +119,15 @@ class Chooser:
         try:
             parameters = list(signature_of(fn).parameters.values())
         except (TypeError, ValueError) as error:
-            raise TypeError(f"{what}={fn!r}: its parameters cannot be read; wrap it in a function") from error
+            if not callable(fn):
+                raise TypeError(f"{what} must be a function; this is {described(fn)}") from None
+            raise TypeError(f"{what}={name_of(fn)}: its parameters cannot be read; wrap it in a function") from error
         if returned:
             if not parameters or parameters[0].kind not in (*_NAMED[:2], inspect.Parameter.VAR_POSITIONAL):
-                raise TypeError(f"{what}={fn!r} must take what the route returned as its first parameter")
+                raise TypeError(
+                    f"{what}={name_of(fn)} must take what the route returned as its first parameter. Further ones are"
+                    f" chosen by name; {offer.in_words()}"
+                )
             parameters = parameters[1:]
         for parameter in parameters:
             self._choose(what, parameter)
@@ -126,10 +144,10 @@ class Chooser:
         elif parameter.default is not inspect.Parameter.empty:
             return
         else:
-            offered = ", ".join([*self._offer.names, *([REQUEST] if REQUEST not in self._offer.names else [])])
+            near = difflib.get_close_matches(name, [*self._offer.names, REQUEST], 1)
             raise TypeError(
-                f"{what} asks for {name!r}, which the route has not. Its parameters are chosen by name;"
-                f" this route offers: {offered}"
+                f"{what} asks for {name!r}, which {self._offer.name} has not{f': {near[0]!r}?' if near else '.'}"
+                f" Its parameters are chosen by name; {self._offer.in_words()}"
             )
         if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
             self._positional.append(source)

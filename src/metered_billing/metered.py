@@ -13,7 +13,7 @@ from starlette.websockets import WebSocket
 from metered_billing import names
 from metered_billing.biller import Charge
 from metered_billing.charge import MAX_AMOUNT, Account
-from metered_billing.choosing import Bound, Chooser, Offer, is_kind
+from metered_billing.choosing import Bound, Chooser, Offer, is_kind, name_of
 from metered_billing.errors import (
     AccountRequired,
     BillingError,
@@ -30,7 +30,8 @@ from metered_billing.middleware import (
     OnUnavailable,
     checked_choice,
 )
-from metered_billing.outcomes import Paid, compile_path, cost_of, from_returned
+from metered_billing.outcomes import Paid, Path, compile_path, cost_of, from_returned
+from metered_billing.outcomes.paid import described
 from metered_billing.problems import answer
 from metered_billing.routes import METERED, METERED_BY
 from metered_billing.telemetry import Telemetry
@@ -89,6 +90,11 @@ def metered(
             endpoint has not.
     """
     if not callable(cost):
+        if not isinstance(cost, int):
+            raise TypeError(
+                "cost must be a whole number of units, or a function that returns one or a mapping of item id to"
+                f" units; this is {described(cost)}"
+            )
         cost_of(cost)
     if not callable(price):
         cost_of(0, price=price)
@@ -141,14 +147,17 @@ class Terms:
         self.offer = Offer(endpoint)
         self._endpoint = endpoint
         self._is_async = _is_async(endpoint)
-        self._name = str(getattr(endpoint, "__qualname__", type(endpoint).__qualname__))
+        self._name = name_of(endpoint)
         self._cost = Chooser("cost", cost, self.offer) if callable(cost) else cost
         self._price = Chooser("price", price, self.offer) if callable(price) else price
         self._account = None if account is None else Chooser("account", account, self.offer)
-        self._path = compile_path(outcomes) if isinstance(outcomes, str) else None
+        self._path = _compiled(outcomes) if isinstance(outcomes, str) else None
         self._reader = Chooser("outcomes", outcomes, self.offer, returned=True) if callable(outcomes) else None
         if outcomes is not None and self._path is None and self._reader is None:
-            raise TypeError(f"outcomes must be a JSONPath or a function; this is {outcomes!r}")
+            raise TypeError(
+                'outcomes must be a JSONPath ("$.results[*]") or a function of what the route returned; this is'
+                f" {described(outcomes)}"
+            )
         self._max_units = max_units
         self._on_disconnect = on_disconnect
         self._metadata = {"endpoint": self._name[:255]}
@@ -374,6 +383,13 @@ def _is_async(endpoint: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(endpoint) or inspect.iscoroutinefunction(
         getattr(endpoint, "__call__", None)  # noqa: B004 - not whether, but how, it is called
     )
+
+
+def _compiled(path: str) -> Path:
+    try:
+        return compile_path(path)
+    except ValueError as error:
+        raise ValueError(f"outcomes: {error}") from error
 
 
 def _refuse(endpoint: Any) -> None:

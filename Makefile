@@ -23,7 +23,7 @@ endef
 
 # Two installations into one environment would get in each other's way.
 .NOTPARALLEL:
-.PHONY: demo test quick simulate chaos bench bench-peers check mutants docs docs-serve pictures format clean help
+.PHONY: demo test quick simulate chaos bench bench-peers fuzz check mutants docs docs-serve pictures format clean help
 
 help: ## Say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -93,6 +93,13 @@ bench: $(BENCH)/.bench ## How fast it is, against what people write by hand: hal
 
 bench-peers: $(PEERS)/.peers ## The same against others' packages: slowapi, gringotts-api, x402
 	@$(PEERS)/bin/python -m tests.bench --peers $(BENCH_OPTIONS)
+
+# Where hostile values go in: the service by its description, cost functions, readers of responses and of answers.
+EXAMPLES ?= 10000
+
+fuzz: $(VENV)/.dev ## Hostile values, a hundred times as many as each day: EXAMPLES=10000
+	@EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -n $(WORKERS) --hypothesis-profile=fuzz tests/service/test_schema.py \
+	 tests/service/test_hostile.py tests/service/test_short.py tests/test_outcomes.py tests/credits/test_contract.py
 
 check: $(VENV)/.dev ## Lint and types
 	$(BIN)/ruff check .

@@ -17,6 +17,10 @@ from tests.stand import Stand, stand
 # A busy machine is no failure: what an example takes is not what it is tried for.
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("patient")
+# `make fuzz`: what is tried a hundred times each day, or fewer, a hundred times that.
+hypothesis.settings.register_profile(
+    "fuzz", hypothesis.settings.get_profile("patient"), max_examples=int(os.environ.get("EXAMPLES", "10000"))
+)
 
 
 @pytest.fixture(scope="session")

@@ -256,7 +256,11 @@ bodies = st.dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=settings().max_examples * 3 // 2,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     path=st.sampled_from(["/v1/deductions", "/v1/deductions/t/refunds", "/v1/voids", "/v1/grants", "/v1/batch"]),
     body=bodies | json_values,

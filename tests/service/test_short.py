@@ -156,7 +156,11 @@ changes = st.dictionaries(
 operations = st.builds(lambda operation, change: operation | change, st.sampled_from([DEDUCT, REFUND, VOID]), changes)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=settings().max_examples * 3 // 10,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(st.lists(operations, max_size=3))
 async def test_anything_is_read_alike(twins: Twins, asked: list[dict[str, Any]]) -> None:
     """Whatever stands in an operation, in a batch and alone."""

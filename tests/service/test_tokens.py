@@ -1,6 +1,7 @@
 """Tokens: how they are written, and that they are never shown."""
 
 import hashlib
+import hmac
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,22 @@ def test_parse_reads_each_scope() -> None:
 def test_access_of_an_unknown_secret_is_none(unknown: str) -> None:
     """Nothing but the whole secret will do."""
     assert Tokens.parse("s1=*").access(unknown) is None
+
+
+@pytest.mark.parametrize("secret", ["s1", "s3", "none"])
+def test_find_compares_with_every_token(monkeypatch: pytest.MonkeyPatch, secret: str) -> None:
+    """In constant time, and also once it is found: how long it takes says nothing of where it stands."""
+    compared: list[bytes] = []
+    compare = hmac.compare_digest
+
+    def compare_digest(known: bytes, sent: bytes) -> bool:
+        compared.append(known)
+        return compare(known, sent)
+
+    monkeypatch.setattr(hmac, "compare_digest", compare_digest)
+    tokens = Tokens.parse("s1=*,s2=*,s3=*")
+    tokens.find(secret)
+    assert compared == [token.digest for token in tokens]
 
 
 def test_parse_secret_may_end_in_equals_signs() -> None:

@@ -47,6 +47,8 @@ Reason = Annotated[
     str,
     StringConstraints(strict=True, min_length=1, max_length=MAX_REASON_LENGTH),
     AfterValidator(_without_nul),
+    # For the description alone.
+    Field(json_schema_extra={"pattern": r"^[^\x00]*$"}),
 ]
 Items = Annotated[list[Id], Field(max_length=MAX_ITEMS, description="The ids of what failed.")]
 Metadata = Annotated[

@@ -91,19 +91,35 @@ _REUSED = ((422, "idempotency-key-reused", "the key was used with another payloa
 _VOIDED = ((409, "charge-voided", "the deduction was voided."),)
 _UNKNOWN = ((404, "not-found", "there is no such transaction, or not for this token."),)
 
+_LINKS = {
+    "refund": {
+        "operationId": "refund_v1_deductions__transaction_id__refunds_post",
+        "parameters": {"transaction_id": "$response.body#/transaction_id"},
+        "description": "Gives credits of this deduction back.",
+    },
+    "show": {
+        "operationId": "transaction_v1_transactions__transaction_id__get",
+        "parameters": {"transaction_id": "$response.body#/transaction_id"},
+        "description": "Shows the entry that this made.",
+    },
+}
+"""From an answer to the calls that go on from it."""
+
 _REPLAY_HEADER = {REPLAYED: {"schema": {"type": "string", "enum": ["true"]}, "description": "A replay."}}
 
 
-def _answers(model: type, replay: bool = True) -> dict[int | str, dict[str, Any]]:
+def _answers(model: type, replay: bool = True, *links: str) -> dict[int | str, dict[str, Any]]:
     if not replay:
         return {200: {"model": model, "description": "Done."}}
+    linked = {"links": {link: _LINKS[link] for link in links}}
     return {
         200: {
             "model": model,
             "description": "Done before, under this key: the same answer.",
             "headers": _REPLAY_HEADER,
+            **linked,
         },
-        201: {"model": model, "description": "Done."},
+        201: {"model": model, "description": "Done.", **linked},
     }
 
 
@@ -114,7 +130,7 @@ router = APIRouter(redirect_slashes=False)
     "/v1/deductions",
     summary="Deduct",
     status_code=201,
-    responses=_answers(answers.TransactionAnswer)
+    responses=_answers(answers.TransactionAnswer, True, "refund", "show")
     | documented(
         *_COMMON,
         *_BODY,
@@ -137,7 +153,7 @@ async def deduct(
     "/v1/deductions/{transaction_id}/refunds",
     summary="Refund",
     status_code=201,
-    responses=_answers(answers.RefundAnswer)
+    responses=_answers(answers.RefundAnswer, True, "show")
     | documented(
         *_COMMON,
         *_BODY,
@@ -180,7 +196,7 @@ async def void(body: bodies.VoidBody, access: TheAccess, ledger: TheLedger, requ
     "/v1/grants",
     summary="Grant",
     status_code=201,
-    responses=_answers(answers.TransactionAnswer)
+    responses=_answers(answers.TransactionAnswer, True, "show")
     | documented(
         *_COMMON,
         *_BODY,

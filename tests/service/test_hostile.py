@@ -1,6 +1,7 @@
 """Whatever is sent, the answer is a problem that says what is wrong: never a 500, and nothing moves."""
 
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from metered_billing.ledger import Ledger
 from metered_billing.service import Tokens, create_app
-from metered_billing.service.bodies import idempotency_key
+from metered_billing.service.bodies import KEY_HEADER, idempotency_key
 
 from .conftest import Connect
 
@@ -136,6 +137,18 @@ async def test_idempotency_key_header_sent_twice_is_refused(admin: httpx.AsyncCl
 def test_idempotency_key_bare_or_quoted(value: str, key: str) -> None:
     """A structured field's string, unescaped, or what stands there."""
     assert idempotency_key([value]) == key
+
+
+@given(value=st.from_regex(KEY_HEADER) | st.text('"\\a !~', max_size=5))
+def test_idempotency_key_is_described_as_it_is_read(value: str) -> None:
+    """By the pattern in the description, no more and no less; spaces around it are the header's, not the key's."""
+    described = re.fullmatch(KEY_HEADER, value.strip(" \t")) is not None
+    try:
+        idempotency_key([value])
+    except ValueError:
+        assert not described
+    else:
+        assert described
 
 
 @pytest.mark.parametrize(

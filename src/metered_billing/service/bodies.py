@@ -248,6 +248,9 @@ class BatchBody(_Body):
     ]
 
 
+KEY_HEADER = r'^[!#-~][!-~]{0,254}$|^"(?:[!#-\[\]-~]|\\["\\]){1,255}"$'
+"""The same for the description: what stands in quotes, or does not begin with one."""
+
 _QUOTED = re.compile(r'"((?:[\x21\x23-\x5b\x5d-\x7e]|\\["\\])*)"')
 _BARE = re.compile(r"[\x21-\x7e]+")
 

@@ -55,7 +55,7 @@ async def _key(
             "The same key again gets the same answer, and moves nothing.",
             examples=["01980a5e-7c1e-7b5a-9a55-0e9d5c3a1f10"],
             # For the description alone: `bodies.idempotency_key` decides, and says why.
-            json_schema_extra={"minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
+            json_schema_extra={"pattern": bodies.KEY_HEADER},
         ),
     ],
 ) -> str:

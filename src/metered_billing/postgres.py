@@ -262,6 +262,38 @@ def migrate(url: str, tables: Schema, *, schema: str = "metered_billing") -> int
         return prepare_postgres(connection, tables, migrate=True)
 
 
+def version_of(url: str, tables: Schema, *, schema: str = "metered_billing") -> int | None:
+    """The version of the tables that are there, in a read-only transaction: nothing is made, and nobody waits.
+
+    Returns:
+        0 where there are none yet; None where this role may not make them, either.
+
+    Raises:
+        ConnectionLost: The database cannot be reached.
+        psycopg.Error: Something else went wrong.
+        ValueError: The URL is none of PostgreSQL's.
+    """
+    parameters = _parameters(url)
+    try:
+        connection = psycopg.connect(**parameters, prepare_threshold=None, application_name="metered-billing check")
+    except psycopg.Error as error:
+        raise ConnectionLost(f"{place(parameters)} cannot be reached: {first_line(error)}") from error
+    connection.read_only = True
+    with connection:
+        connection.execute("SET LOCAL statement_timeout = '5s'")
+        row = connection.execute("SELECT to_regnamespace(%s)", (schema,)).fetchone()
+        if row == (None,):
+            row = connection.execute("SELECT has_database_privilege(current_database(), 'CREATE')").fetchone()
+            return 0 if row == (True,) else None
+        connection.execute("SELECT set_config('search_path', %s, true)", (schema,))
+        if connection.execute("SELECT to_regclass('versions')").fetchone() != (None,):
+            row = connection.execute("SELECT version FROM versions WHERE what = %s", (tables.what,)).fetchone()
+            if row is not None:
+                return int(row[0])
+        row = connection.execute("SELECT has_schema_privilege(%s, 'CREATE')", (schema,)).fetchone()
+        return 0 if row == (True,) else None
+
+
 def place(parameters: Mapping[str, Any]) -> str:
     """Where a database is, without user and password: what may stand in logs."""
     host = parameters.get("host") or parameters.get("hostaddr") or "localhost"

@@ -175,6 +175,7 @@ COMMANDS = [
     "recover",
     "reconcile",
     "conformance",
+    "check-config",
     "monitoring",
 ]
 

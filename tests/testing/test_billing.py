@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import get_args
@@ -17,6 +19,8 @@ from metered_billing.testing import FAULTS, Billing, Fault, Operation, in_memory
 from .shop import TEN, account_of, app
 
 pytestmark = pytest.mark.anyio
+
+ROOT = Path(__file__).parents[2]
 
 
 async def test_partial_failure_is_told(each: Billing) -> None:
@@ -179,7 +183,7 @@ async def test_charge_that_cannot_be_settled_is_not_balanced(billing: Billing) -
         billing.assert_balanced()
     text = str(failed.value)
     assert "not settled:" in text
-    assert "2 credits are due back; tried" in text
+    assert "2 credits to be refunded; tried" in text
     assert "refund 2" in text
     assert "no answer [timeout]" in text
     assert "'timeout', always" in text
@@ -252,6 +256,43 @@ async def test_fault_that_nobody_meets_is_told(billing: Billing) -> None:
     ]
     billing._wire.plan._planned.clear()  # or this test would fail for them
     billing._wire.plan._was_down_in_vain = False
+
+
+def test_refund_of_a_loop_that_stands_still(billing: Billing) -> None:
+    """An asynchronous test has ended without waiting for it: it goes out all the same, and meets its fault."""
+    billing.grant("acme", 100)
+    billing.fail_next("refund", "503")
+
+    async def ask() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://app") as client:
+            await client.post("/work", json=TEN)
+
+    with asyncio.Runner() as runner:
+        runner.run(ask())
+        billing.assert_all_met()
+        billing.assert_charged("acme", kept=8, refunded=2)
+
+
+@pytest.mark.slow
+def test_app_in_another_process(billing_server: Billing) -> None:
+    """Its environment tells it where it is billed; assertions wait for its refunds, and look into its journal."""
+    billing_server.grant("acme", 100)
+    billing_server.fail_next("deduct", "lost reply")
+    billing_server.fail_next("refund", "500 after commit")
+    code = "from tests.testing.elsewhere import main; main()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        try:
+            assert other.stdout.readline() == b"200\n"
+            billing_server.assert_charged("acme", kept=8, refunded=2)
+            billing_server.assert_balanced()
+        finally:
+            other.stdin.close()  # so it ends
+    assert other.returncode == 0
+    assert [call.fault for call in billing_server.calls] == ["lost reply", None, "500 after commit", None]
 
 
 def test_what_there_is_not_is_refused_with_what_there_is(billing: Billing) -> None:

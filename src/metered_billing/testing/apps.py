@@ -34,6 +34,9 @@ QUIET_WITHIN_S = 30.0
 REQUESTS_WITHIN_S = 1.0
 """What is waited for requests in other threads. One that a test holds up on purpose is not waited for any longer."""
 
+ELSEWHERE_WITHIN_S = 5.0
+"""What an app in another process may take for its refunds and voids. It tries again in its own time."""
+
 NEVER = 1 << 30
 """Failures that open the circuit: a test of an app wants each of its requests to be tried."""
 
@@ -87,13 +90,6 @@ class _App:
             if loop.is_running()
         )
 
-    def records(self, *, unsettled: bool = False) -> list[Record]:
-        """The charges in its journal, oldest first."""
-        if not self.directory.is_dir():
-            return []
-        with SqliteReader(self.directory) as reader:
-            return [seen.record for seen in reader.charges(Wanted(unsettled=unsettled, oldest_first=True))]
-
     async def settle(self, plan: Plan) -> None:
         """Bring every charge to its end, as far as it can be brought."""
         started = self.biller.started
@@ -137,14 +133,16 @@ class _App:
         """Stop it wherever it runs, and close its journal."""
         if self._closed:
             return
+        for loop in self.idle_loops():
+            loop.run_until_complete(self.biller.drain(0))
         for loop in list(self.settler._loops):
-            if loop.is_closed():
-                continue
             if loop.is_running():
                 asyncio.run_coroutine_threadsafe(self.biller.drain(1), loop).result(QUIET_WITHIN_S)
-            else:
-                loop.run_until_complete(self.biller.drain(0))
         run(self._close())
+
+    def idle_loops(self) -> list[asyncio.AbstractEventLoop]:
+        """Event loops that it is at work on, and that nobody runs at the moment."""
+        return [loop for loop in list(self.settler._loops) if not loop.is_closed() and not loop.is_running()]
 
     async def _close(self) -> None:
         self._closed = True
@@ -158,11 +156,15 @@ class Apps:
     Args:
         directory: Where the journals are kept.
         attempt_timeout_s: What one call to the service may take.
+
+    Attributes:
+        elsewhere: The journal of apps in other processes, which their environment names.
     """
 
     def __init__(self, url: str, token: str, directory: Path, attempt_timeout_s: float) -> None:
         self._made = (url, token)
         self._directory = directory
+        self.elsewhere = directory / "journal"
         self._attempt_timeout_s = attempt_timeout_s
         self._apps: list[_App] = []
         self._by_middleware: weakref.WeakKeyDictionary[MeteredBillingMiddleware, _App] = weakref.WeakKeyDictionary()
@@ -194,7 +196,8 @@ class Apps:
 
     def records(self, *, unsettled: bool = False) -> list[Record]:
         """The charges in all journals, oldest first."""
-        found = [record for app in self._apps for record in app.records(unsettled=unsettled)]
+        directories = [self.elsewhere, *(app.directory for app in self._apps)]
+        found = [record for directory in directories for record in _records(directory, unsettled=unsettled)]
         return sorted(found, key=lambda record: record.id)
 
     async def settle(self, plan: Plan) -> None:
@@ -205,6 +208,15 @@ class Apps:
         """
         for app in self._apps:
             await app.settle(plan)
+        deadline = time.monotonic() + ELSEWHERE_WITHIN_S
+        while _records(self.elsewhere, unsettled=True) and time.monotonic() < deadline:  # noqa: ASYNC110 - another process's
+            await asyncio.sleep(0.02)
+
+    def settle_idle(self, plan: Plan) -> None:
+        """The same for what is on event loops that stand still, as an asynchronous test's does when it has ended."""
+        for app in self._apps:
+            for loop in app.idle_loops():
+                loop.run_until_complete(app.settle(plan))
 
     async def aclose(self) -> None:
         """Let go of what is on this event loop."""
@@ -219,6 +231,14 @@ class Apps:
             self._by_middleware[middleware] = app
             self._apps.append(app)
         return app
+
+
+def _records(directory: Path, *, unsettled: bool) -> list[Record]:
+    """The charges in a journal, oldest first; none where there is none yet."""
+    if not directory.is_dir():
+        return []
+    with SqliteReader(directory) as reader:
+        return [seen.record for seen in reader.charges(Wanted(unsettled=unsettled, oldest_first=True))]
 
 
 def run(work: Any) -> None:

@@ -85,11 +85,13 @@ class Billing:
         Raises:
             ValueError: There is no such operation or fault, or it cannot happen to this one, or here.
         """
+        __tracebackhide__ = True
         self._switch.check(fault)
         self._wire.plan.add(operation, fault, times, optional=optional)
 
     def fail_always(self, operation: Operation, fault: Fault, *, optional: bool = False) -> None:
         """Let it go wrong with all operations of this kind, until `up()`."""
+        __tracebackhide__ = True
         self._switch.check(fault)
         self._wire.plan.add(operation, fault, None, optional=optional)
 
@@ -176,6 +178,7 @@ class Billing:
     def assert_all_met(self) -> None:
         """Everything that was to go wrong has gone wrong. The fixtures ask for it at the end of a test that passed."""
         __tracebackhide__ = True
+        self._settle("assert_all_met")
         left = self._wire.plan.left()
         if left:
             self._fail("nobody met what was to go wrong:" + "".join(f"\n  - {each}" for each in left))
@@ -200,6 +203,7 @@ class Billing:
         try:
             asyncio.get_running_loop()
         except RuntimeError:
+            self._apps.settle_idle(self._wire.plan)
             run(self.settled())
             return
         tried = self._settled_after == len(self._wire.calls)

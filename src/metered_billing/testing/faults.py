@@ -115,6 +115,7 @@ class Plan:
         Raises:
             ValueError: There is no such operation or fault, or it cannot happen to this operation.
         """
+        __tracebackhide__ = True
         found_operation = _one_of("operation", operation, get_args(Operation))
         found = _one_of("fault", fault, get_args(Fault))
         if found_operation not in FAULTS[found].only:
@@ -174,6 +175,7 @@ class Plan:
 
 
 def _one_of(what: str, name: str, known: Sequence[T]) -> T:
+    __tracebackhide__ = True
     for each in known:
         if each == name:
             return each

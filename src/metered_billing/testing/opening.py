@@ -66,6 +66,7 @@ class Opened:
         with self._stack:
             try:
                 if error is None and self._strict:
+                    await self._billing.settled()
                     self._billing.assert_all_met()
             finally:
                 await self._billing.aclose()
@@ -145,7 +146,7 @@ def _billed(url: str, wire: Wire, service: Door, directory: Path, attempt_timeou
     environment = {
         "METERED_BILLING_CREDITS": url,
         "METERED_BILLING_TOKEN": TOKEN,
-        "METERED_BILLING_JOURNAL": str(directory / "journal"),
+        "METERED_BILLING_JOURNAL": str(apps.elsewhere),
     }
     with mock.patch.dict(os.environ, environment), apps.billed():
         yield apps

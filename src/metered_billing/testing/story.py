@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from metered_billing import reconcile
 from metered_billing.charge import Record, State
+from metered_billing.explain import in_words
 from metered_billing.testing.entries import Entry, faults_in
 from metered_billing.testing.wire import Call
 
@@ -44,11 +45,11 @@ def pending(record: Record) -> str:
     due = {
         State.OPENED: "its deduction has no answer yet",
         State.DEDUCTED: "its request is running still, or has ended without an outcome",
-        State.REFUNDING: f"{record.refund_credits} credits are due back; tried {record.tries} x",
+        State.REFUNDING: f"{in_words(record.refund_credits)} to be refunded; tried {record.tries} x",
         State.VOIDING: f"its deduction is to be undone; tried {record.tries} x",
     }
     why = "" if record.reason is None else f" ({record.reason})"
-    return f"{record.id}, {record.amount_credits} credits of {account}: {due.get(record.state, record.state)}{why}"
+    return f"{record.id}, {in_words(record.amount_credits)} of {account}: {due.get(record.state, record.state)}{why}"
 
 
 def differences(entries: Sequence[Entry], records: Sequence[Record]) -> list[str]:

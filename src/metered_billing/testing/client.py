@@ -55,7 +55,8 @@ async def _lifespan(app: App) -> AsyncIterator[None]:
         raise running.exception() or RuntimeError(f"the app did not start: {answer.get('message', '')}")
     ended = answer["type"] == "ended"
     if ended:
-        await asyncio.wait([running])  # what it raises: that it has no lifespan
+        await asyncio.wait([running])
+        running.exception()  # that it has no lifespan: nobody need hear of it
     try:
         yield
     finally:

@@ -1,9 +1,13 @@
 """The docs as a site: built strictly, each page in its menu, and nothing in it from another host."""
 
+import contextlib
+import functools
+import http.server
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,8 +16,13 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
+from playwright.sync_api import sync_playwright
+
+from tests.browser.conftest import ARGUMENTS, CHROMIUM
 
 from .pages import DOCS, PAGES, ROOT
+
+pytestmark = pytest.mark.xdist_group("site")
 
 CONFIGURATION = ROOT / "mkdocs.yml"
 
@@ -149,3 +158,49 @@ def test_broken_page_ends_the_build(tmp_path: Path, text: str, complaints: list[
     done = build(tmp_path)
     assert done.returncode != 0
     assert all(complaint in done.stdout + done.stderr for complaint in complaints)
+
+
+@contextlib.contextmanager
+def served(directory: Path) -> Iterator[str]:
+    """The directory over HTTP, on a port of its own; its address."""
+    handler = functools.partial(Quiet, directory=str(directory))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None: ...
+
+
+@pytest.mark.slow
+def test_site_is_searched_in_a_browser_that_asks_no_other_host(site: Path) -> None:
+    """A word leads to its page; no script fails; nothing is looked for elsewhere, in the dark either."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here, and it could not be installed: apt-get install chromium")
+    with served(site) as address, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(ARGUMENTS))
+        page = browser.new_page(color_scheme="dark")
+        asked: list[str] = []
+        faults: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.goto(f"{address}/index.html")
+        page.get_by_role("button", name="Search").click()
+        page.keyboard.type("tombstone")
+        # Its results are in a closed shadow: what shows them is that there is a first one to go to.
+        for _ in range(100):
+            page.keyboard.press("Enter")
+            page.wait_for_timeout(100)
+            if page.url != f"{address}/index.html":
+                break
+        page.wait_for_load_state()
+        found = page.inner_text("article")
+        browser.close()
+    assert "tombstone" in found
+    assert faults == []
+    assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []

@@ -330,6 +330,31 @@ async def test_app_that_was_given_another_service(billing: Billing, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+async def test_retries_never_run_out(billing: Billing) -> None:
+    """A service that loses every other reply: each request is tried again, and none finds the circuit open."""
+    billing.grant("acme", 300)
+    async with billing.client(app) as client:
+        for _ in range(25):
+            billing.fail_next("deduct", "lost reply", 2)
+            assert (await client.post("/work", json=TEN)).status_code == 200
+    billing.assert_charged("acme", kept=200, refunded=50, charges=25)
+
+
+@pytest.mark.parametrize("fault", [None, "503"])
+def test_app_that_settles_inline(billing: Billing, fault: Fault | None) -> None:
+    """As it does where a process is frozen between requests: its refund has gone out with the response, or waits."""
+    inline = FastAPI()
+    inline.include_router(app.router)
+    inline.add_middleware(MeteredBillingMiddleware, settle="inline")
+    billing.grant("acme", 100)
+    if fault is not None:
+        billing.fail_next("refund", fault)
+    assert TestClient(inline).post("/work", json=TEN).status_code == 200
+    assert billing.balance("acme") == (92 if fault is None else 90)
+    billing.assert_charged("acme", kept=8, refunded=2)
+    billing.assert_balanced()
+
+
 async def shown() -> dict[str, str]:
     return {}
 

@@ -16,6 +16,7 @@ from unittest import mock
 
 from metered_billing.biller import Biller
 from metered_billing.charge import Record
+from metered_billing.credits.breaker import RetryBudget
 from metered_billing.credits.http import HttpCredits
 from metered_billing.journal.reading import SqliteReader, Wanted
 from metered_billing.journal.sqlite import SqliteJournal
@@ -61,7 +62,10 @@ async def _at_once(_: float) -> None:
 class _App:
     """One middleware's biller, for the time of a test."""
 
-    def __init__(self, url: str, token: str, directory: Path, attempt_timeout_s: float, telemetry: Any) -> None:
+    def __init__(
+        self, url: str, token: str, directory: Path, attempt_timeout_s: float, middleware: MeteredBillingMiddleware
+    ) -> None:
+        telemetry = middleware.telemetry
         self.directory = directory
         self._closed = False
         self.clock = _Clock()
@@ -74,8 +78,12 @@ class _App:
             runtime=runtime,
             telemetry=telemetry,
         )
+        # A tenth of the calls is a good share of retries where customers wait; here each is wanted.
+        self.credits._budget = RetryBudget(reserve=NEVER)
         self.journal = SqliteJournal(directory, runtime=runtime, telemetry=telemetry)
-        self.biller = Biller(self.credits, self.journal, runtime=runtime, telemetry=telemetry)
+        self.biller = Biller(
+            self.credits, self.journal, runtime=runtime, telemetry=telemetry, inline=middleware.settle == "inline"
+        )
 
     @property
     def settler(self) -> Settler:
@@ -227,7 +235,7 @@ class Apps:
         app = self._by_middleware.get(middleware)
         if app is None:
             directory = self._directory / f"journal-{len(self._apps)}"
-            app = _App(*self._made, directory, self._attempt_timeout_s, middleware.telemetry)
+            app = _App(*self._made, directory, self._attempt_timeout_s, middleware)
             self._by_middleware[middleware] = app
             self._apps.append(app)
         return app

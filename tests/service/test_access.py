@@ -147,6 +147,13 @@ async def test_request_without_a_known_token_is_unauthorized(connect: Connect, h
         assert response.headers["www-authenticate"] == "Bearer"
 
 
+@pytest.mark.parametrize("second", ["Bearer nope", "Bearer admin-token", "Basic eDp5"])
+async def test_token_sent_twice_is_none(connect: Connect, second: str) -> None:
+    """Which of the two would it be? A proxy in front of it may have looked at the other."""
+    headers = [("Authorization", "Bearer admin-token"), ("Authorization", second)]
+    assert (await connect(None).get("/v1/balance?tenant_id=acme", headers=headers)).status_code == 401
+
+
 async def test_token_scheme_is_read_in_any_case(connect: Connect) -> None:
     """RFC 9110 has it so."""
     headers = {"Authorization": "bEARER admin-token"}

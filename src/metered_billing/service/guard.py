@@ -86,7 +86,10 @@ class Guard:
             self._load.held_bytes -= body.held_bytes
 
     def _token(self, headers: Headers) -> Token | None:
-        scheme, _, secret = headers.get("authorization", "").partition(" ")
+        sent = headers.getlist("authorization")
+        if len(sent) != 1:  # of two, a proxy may have looked at the other
+            return None
+        scheme, _, secret = sent[0].partition(" ")
         return self._tokens.find(secret.strip()) if scheme.lower() == "bearer" else None
 
     def _refusal(self, token: Token | None, scope: Scope) -> Problem | None:

@@ -17,24 +17,53 @@ from metered_billing.credits.contract import Contract
 from metered_billing.journal.reading import JournalReader, SqliteReader
 from metered_billing.ledger.places import POSTGRES
 from metered_billing.settings import SQLITE, Settings, looks_like_a_url
+from metered_billing.sources import InvalidSettings
 
 ATTENTION = 3
 """The exit code of a command that did what it was asked for, and found what somebody has to see to."""
 
 JOURNAL = str(Settings.model_fields["journal"].default)
 
+
+def _looked_for(ctx: typer.Context, param: typer.CallbackParam, value: str | None) -> str | None:
+    """What is neither said nor in the environment is looked for where the app looks: in `.env`, and in AWS SSM."""
+    if ctx.resilient_parsing or _said(ctx, param.name) != "DEFAULT":
+        return value
+    if param.name == "token" and _said(ctx, "credits_url") == "COMMANDLINE":
+        return None  # it is for the app's credits, and not for whatever else somebody names
+    settings: Settings | None = ctx.meta.get(__name__)
+    if settings is None:
+        try:
+            settings = ctx.meta[__name__] = Settings()
+        except InvalidSettings as error:
+            raise Failure(f"{error}.", 2) from None
+        except ImportError as error:
+            raise Failure(f"{error}.") from None
+    if param.name == "token":
+        return None if settings.token is None else settings.token.get_secret_value()
+    return settings.journal if param.name == "journal" else settings.credits
+
+
+def _said(ctx: typer.Context, name: str | None) -> str:
+    source = ctx.get_parameter_source(name or "")
+    return "DEFAULT" if source is None else source.name
+
+
 CreditsUrl = Annotated[
     str | None,
     typer.Option(
         "--credits",
         envvar="METERED_BILLING_CREDITS",
+        callback=_looked_for,
         help="A running service (http://127.0.0.1:8080), a ledger that none has open (sqlite:///credits.db), or "
         "one that they share (postgresql://…).",
     ),
 ]
 Token = Annotated[
     str | None,
-    typer.Option(envvar="METERED_BILLING_TOKEN", help="The service's token; grants need an admin's."),
+    typer.Option(
+        envvar="METERED_BILLING_TOKEN", callback=_looked_for, help="The service's token; grants need an admin's."
+    ),
 ]
 Tenant = Annotated[str, typer.Option(help="Whose account.")]
 User = Annotated[str | None, typer.Option(help="The tenant's user; without one, its shared pool.")]
@@ -50,7 +79,11 @@ ContractName = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, as the credits API has it.")]
 Journal = Annotated[
     str,
-    typer.Option(envvar="METERED_BILLING_JOURNAL", help="The app's journal: a directory, or postgresql://…"),
+    typer.Option(
+        envvar="METERED_BILLING_JOURNAL",
+        callback=_looked_for,
+        help="The app's journal: a directory, or postgresql://…",
+    ),
 ]
 AnyTenant = Annotated[str | None, typer.Option(help="Only this tenant's.")]
 Since = Annotated[

@@ -1,5 +1,6 @@
 """The page of errors: what a client hears comes in its order, and what a developer hears is what is raised."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,8 @@ def test_what_a_developer_hears_is_what_is_raised(
 ) -> None:
     """The code of each row raises that, and says so."""
     monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("METERED_BILLING")]:
+        monkeypatch.delenv(name)
     kinds: dict[str, type[Exception]] = {"TypeError": TypeError, "ValueError": ValueError}
     names: dict[str, Callable[..., Any]] = {name: getattr(metered_billing, name) for name in metered_billing.__all__}
     with pytest.raises(kinds[code(row[1])[0]]) as raised:

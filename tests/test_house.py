@@ -28,7 +28,7 @@ FLOORS = [
     },
     {"sources"},
     {"telemetry", "ledger", "journal", "credits"},
-    {"settings", "loops", "settler", "problems", "conformance"},
+    {"settings", "loops", "settler", "recovery", "problems", "conformance"},
     {"biller"},
     {"middleware"},
     {"metered"},

@@ -1,13 +1,14 @@
 """What a user may see of their own credits: asked of the credits service, never kept here."""
 
-import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Generator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
 from fastapi import HTTPException
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
+
+from metered_billing import Settings
 
 from .desk.untraced import untraced
 from .users import User
@@ -19,6 +20,20 @@ class Statement(BaseModel):
     account: User
     balance: int
     transactions: list[dict[str, Any]]
+
+
+class _Bearer(httpx.Auth):
+    """The token that the app is billed with, as it is now: where it is in SSM, it may be rotated."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._source = settings.token_source()
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        source = self._source
+        token = source if source is None or isinstance(source, SecretStr) else source.held()
+        if token is not None:
+            request.headers["Authorization"] = f"Bearer {token.get_secret_value()}"
+        yield request
 
 
 class Wallet:
@@ -35,10 +50,10 @@ class Wallet:
     @asynccontextmanager
     async def open(cls) -> AsyncIterator["Wallet"]:
         """A wallet at the service that the app is billed at; closed at the end of the block."""
-        token = os.environ.get("METERED_BILLING_TOKEN", "")
+        settings = Settings()
         async with httpx.AsyncClient(
-            base_url=os.environ.get("METERED_BILLING_CREDITS", "http://127.0.0.1:8080"),
-            headers={"Authorization": f"Bearer {token}"},
+            base_url=settings.credits or "http://127.0.0.1:8080",
+            auth=_Bearer(settings),
             timeout=2,
             trust_env=False,
         ) as client:

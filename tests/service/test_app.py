@@ -14,9 +14,9 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from metered_billing import names
-from metered_billing.ledger import Ledger, LedgerLocked
+from metered_billing.ledger import Ledger, LedgerLocked, LedgerUnavailable
 from metered_billing.ledger.books import SqliteBooks
-from metered_billing.service import InvalidTokens, Tokens, create_app, routes
+from metered_billing.service import InvalidTokens, Tokens, create_app, health
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 TRACEPARENT = f"00-{TRACE_ID}-00f067aa0ba902b7-01"
@@ -60,6 +60,7 @@ class TestOpenApi:
             ("GET", "/v1/transactions/{transaction_id}"),
             ("POST", "/v1/batch"),
             ("GET", "/healthz"),
+            ("GET", "/livez"),
         }
 
     async def test_every_problem_is_described_as_a_problem(self, document: dict[str, Any]) -> None:
@@ -129,9 +130,41 @@ class TestTrouble:
         self, admin: httpx.AsyncClient, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """503 within its time-out."""
-        monkeypatch.setattr(routes, "HEALTH_TIMEOUT_S", 0.01)
+        monkeypatch.setattr(health, "TIMEOUT_S", 0.01)
         monkeypatch.setattr(ledger, "check", asyncio.Event().wait)
         assert (await admin.get("/healthz")).status_code == 503
+
+    async def test_healthz_of_many_at_once_asks_the_ledger_once(
+        self, admin: httpx.AsyncClient, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Anybody may ask, so it must cost nothing to be asked; and what is known is soon asked anew."""
+        monkeypatch.setattr(health, "GOOD_FOR_S", 0.05)
+        asked = 0
+
+        async def fails() -> None:
+            nonlocal asked
+            asked += 1
+            await asyncio.sleep(0.01)
+            raise LedgerUnavailable("no disk")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ledger, "check", fails)
+            impatient = asyncio.ensure_future(admin.get("/healthz"))
+            await asyncio.sleep(0)
+            impatient.cancel()
+            answers = await asyncio.gather(*(admin.get("/healthz") for _ in range(20)))
+            assert {answer.status_code for answer in answers} == {503}
+            assert (await admin.get("/healthz")).status_code == 503
+            assert asked == 1
+        await asyncio.sleep(0.06)
+        assert (await admin.get("/healthz")).status_code == 200
+
+    async def test_livez_does_not_ask_the_ledger(
+        self, admin: httpx.AsyncClient, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Or all would be restarted because their database is."""
+        monkeypatch.setattr(ledger, "check", asyncio.Event().wait)
+        assert (await admin.get("/livez")).json() == {"status": "ok"}
 
     async def test_bug_is_a_500_problem(self, admin: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
         """Even then."""

@@ -169,7 +169,7 @@ def _but_health(inner: Any) -> Any:
             links: Sequence[Any] | None = None,
             trace_state: Any = None,
         ) -> SamplingResult:
-            if (attributes or {}).get("url.path") == "/healthz":
+            if (attributes or {}).get("url.path") in ("/healthz", "/livez"):
                 return SamplingResult(Decision.DROP)
             found: SamplingResult = inner.should_sample(
                 parent_context, trace_id, name, kind, attributes, links, trace_state

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from metered_billing.ledger import Ledger
 from metered_billing.runtime import Runtime
 from metered_billing.service.guard import MAX_BATCH_BYTES, MAX_BODY_BYTES, Guard, Known
+from metered_billing.service.health import Health
 from metered_billing.service.limits import Load, Rate
 from metered_billing.service.problems import handle_problems
 from metered_billing.service.routes import router
@@ -68,6 +69,7 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.ledger = ledger
+    app.state.health = Health(ledger)
     handle_problems(app)
     app.add_middleware(ShortWay, ledger=ledger)
     app.add_middleware(

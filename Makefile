@@ -23,7 +23,7 @@ endef
 
 # Two installations into one environment would get in each other's way.
 .NOTPARALLEL:
-.PHONY: demo test quick simulate chaos bench bench-peers fuzz check mutants docs docs-serve pictures format clean help
+.PHONY: demo test quick simulate chaos rolling bench bench-peers fuzz check mutants docs docs-serve pictures format clean help
 
 help: ## Say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -66,10 +66,19 @@ define prometheus
  ) >/dev/null 2>&1 || echo "· no prometheus here: the tests of the dashboard and the alert rules will be skipped"; }
 endef
 
+# The docs' nginx.conf is tried in a real one: Debian's program, without its service, which would begin to serve.
+define nginx
+@test -x $(VENV)/nginx/usr/sbin/nginx -o -x /usr/sbin/nginx || command -v nginx >/dev/null || { echo "· fetching nginx"; \
+ ( rm -rf $(VENV)/nginx && mkdir -p $(VENV)/nginx && cd $(VENV)/nginx && { apt-get -qq download nginx \
+ || { apt-get -qq update && apt-get -qq download nginx; }; } && dpkg-deb -x nginx_*.deb . && rm nginx_*.deb \
+ ) >/dev/null 2>&1 || echo "· no nginx here: the tests behind it will be skipped"; }
+endef
+
 test: $(VENV)/.dev $(VENV)/.demo check ## All checks and all tests but the long simulations
 	$(call debian,strace,strace)
 	$(call debian,chromium,chromium fonts-dejavu-core)
 	$(call prometheus)
+	$(call nginx)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --cov --cov-report=term
 	@# Where money is decided, every branch has a test.
 	$(BIN)/coverage report --fail-under=100 --include='*/charge.py,*/outcomes/*,*/biller.py,*/settler.py,*/metered.py,*/middleware.py'
@@ -87,6 +96,12 @@ SECONDS ?= 60
 
 chaos: $(VENV)/.dev ## kill -9 under load, then the books: ENGINE=sqlite SECONDS=600
 	@$(BIN)/python -m tests.chaos --engine $(ENGINE) --seconds $(SECONDS)
+
+PACE ?= 1
+
+rolling: $(VENV)/.dev ## Replace every replica of app and service under load, then the books: PACE=0.2 hurries
+	$(call nginx)
+	@$(BIN)/python -m tests.rolling --pace $(PACE) $(ROLLING_OPTIONS)
 
 bench: $(BENCH)/.bench ## How fast it is, against what people write by hand: half an hour, on two quiet cores (BENCH_OPTIONS=--write)
 	@$(BENCH)/bin/python -m tests.bench $(BENCH_OPTIONS)

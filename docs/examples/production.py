@@ -1,14 +1,17 @@
-"""An app as it runs in production: a credits service, a journal on a disk that stays, patience in figures."""
+"""An app as it runs in production: a credits service, probes, patience in figures."""
 
 import gc
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from fastapi import FastAPI, Request
+from probes import probes
 
 from metered_billing import Account, HttpCredits, MeteredBillingMiddleware, metered
+
+CREDITS_URL = os.environ["METERED_BILLING_CREDITS"]
+CREDITS_TOKEN = os.environ["METERED_BILLING_TOKEN"]
 
 
 @asynccontextmanager
@@ -19,16 +22,16 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 app = FastAPI(lifespan=lifespan)
+app.include_router(probes(CREDITS_URL, CREDITS_TOKEN))
 app.add_middleware(
-    MeteredBillingMiddleware,
+    MeteredBillingMiddleware,  # where its journal is, METERED_BILLING_JOURNAL says
     credits=HttpCredits(
-        os.environ["CREDITS_URL"],
-        token=os.environ["CREDITS_TOKEN"],
+        CREDITS_URL,
+        token=CREDITS_TOKEN,
         timeout_s=3,  # what a customer waits for a deduction at the most
         attempt_timeout_s=1,
     ),
-    journal=Path(os.environ["BILLING_JOURNAL"]),
-    drain_timeout_s=10,  # less than what the server is given to stop
+    drain_timeout_s=10,  # what a shutdown waits for refunds that are under way
     account=lambda request: Account(request.state.tenant_id),
 )
 

@@ -34,7 +34,8 @@ STYLE = """
 WIDTH = 860
 
 
-def _svg(height: float, title: str, parts: Sequence[str]) -> str:
+def svg(height: float, title: str, parts: Sequence[str]) -> str:
+    """A picture of these parts."""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" width="{WIDTH}" '
         f'height="{height:.0f}" role="img" aria-label="{escape(title, quote=True)}">\n<style>{STYLE}</style>\n'
@@ -65,7 +66,7 @@ def bars(title: str, note: str, groups: Sequence[tuple[str, Sequence[tuple[str, 
                 text(left + length + 8, y + 20, f"{share:.2f}", "value"),
             ]
             y += row
-    return _svg(y + 20, title, parts)
+    return svg(y + 20, title, parts)
 
 
 def lines(title: str, note: str, levels: Sequence[str], series: Sequence[tuple[str, str, Sequence[float]]]) -> str:
@@ -96,7 +97,7 @@ def lines(title: str, note: str, levels: Sequence[str], series: Sequence[tuple[s
             for index, value in enumerate(points)
         ]
         parts.append(text(WIDTH - right + 14, end + 5, label, kind))
-    return _svg(height, title, parts)
+    return svg(height, title, parts)
 
 
 def _apart(places: Sequence[float], least: float) -> list[float]:

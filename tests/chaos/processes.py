@@ -131,7 +131,7 @@ class Balancer:
     """
 
     def __init__(self, ports: Sequence[int]) -> None:
-        self._ports = list(ports)
+        self.ports = list(ports)
         self._next = 0
         self.cut: list[asyncio.StreamWriter] = []
         self.port = 0
@@ -150,10 +150,10 @@ class Balancer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         service = None
-        for _ in self._ports:
-            self._next = (self._next + 1) % len(self._ports)
+        for _ in list(self.ports):
+            self._next = (self._next + 1) % len(self.ports)
             with contextlib.suppress(OSError):
-                service = await asyncio.open_connection("127.0.0.1", self._ports[self._next])
+                service = await asyncio.open_connection("127.0.0.1", self.ports[self._next])
                 break
         if service is None:
             writer.transport.abort()

@@ -173,6 +173,7 @@ COMMANDS = [
     "charges list",
     "charges show",
     "explain",
+    "backup",
     "recover",
     "reconcile",
     "conformance",

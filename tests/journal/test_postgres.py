@@ -25,6 +25,7 @@ from metered_billing.charge import State
 from metered_billing.journal import Journal, JournalError, PlaceLost
 from metered_billing.journal import postgres as module
 from metered_billing.journal.postgres import PostgresJournal
+from metered_billing.postgres import migrate
 from metered_billing.runtime import Runtime
 from metered_billing.schemas import Schema
 from tests import postgres
@@ -393,6 +394,24 @@ async def test_tables_of_another_version_keep_the_app_from_starting(
     with pytest.raises(JournalError, match=r"journal has schema version 2, .* upgrade metered-billing"):
         await journal.start("")
     assert shared.sql("SELECT id FROM charges") == [("c1",)]
+
+
+async def test_release_that_runs_goes_on_beside_a_newer_one(shared: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a rolling update: both have their place in the journal. The older one's next start is refused."""
+    older = await started(shared)
+    later = Schema("journal", (*module.SCHEMA.steps, ("ALTER TABLE charges ADD COLUMN more text",)))
+    assert migrate(shared.url, later) == 1
+    await older.open(charge(older))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "SCHEMA", later)
+        newer = await started(shared)
+        assert await newer.adopt(0) == 0
+        await newer.open(charge(newer, "c2"))
+    assert list(ids(await everything(older))) == ["c1"]
+    await newer.close()
+    await older.close()
+    with pytest.raises(JournalError, match=r"journal has schema version 2, .* upgrade metered-billing"):
+        await older.start("")
 
 
 @pytest.fixture

@@ -457,6 +457,24 @@ class TestTables:
         assert sql(pg_clean, "SELECT note FROM accounts") == [("new",)]
         assert sql(pg_clean, "SELECT version FROM versions WHERE what = 'ledger'") == [(2,)]
 
+    async def test_release_that_runs_goes_on_beside_a_newer_one(
+        self, ledger: Ledger, pg_clean: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Tables that are migrated under a running service stop it at its next start, not before."""
+        await granted(ledger, 7)
+        later = Schema("ledger", (*SCHEMA.steps, ("ALTER TABLE accounts ADD COLUMN note text",)))
+        assert migrate(pg_clean, later) == 1
+        assert (await ledger.deduct(deduct(3))).done
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "SCHEMA", later)
+            newer = Ledger(pg_clean)
+            assert (await newer.deduct(deduct(3, key="charge-2"))).done
+            await newer.close()
+        assert await ledger.balance("acme", "alice") == 1
+        await ledger.close()
+        with pytest.raises(LedgerNotOpened, match=r"version 2.*knows versions up to 1: upgrade metered-billing"):
+            await ledger.start()
+
     async def test_migration_that_fails_changes_nothing(self, ledger: Ledger, pg_clean: str) -> None:
         """All of it is one transaction."""
         await granted(ledger, 7)

@@ -11,6 +11,7 @@ import uvicorn
 
 from metered_billing.charge import MAX_AMOUNT
 from metered_billing.cli import charges, terminal, tokens
+from metered_billing.cli.backup import backup
 from metered_billing.cli.check_config import check_config
 from metered_billing.cli.conformance import conformance
 from metered_billing.cli.failure import Failure
@@ -46,6 +47,7 @@ app.add_typer(charges.app, name="charges")
 app.add_typer(tokens.app, name="token")
 app.command()(charges.explain)
 app.command()(migrate)
+app.command()(backup)
 app.command()(conformance)
 app.command()(check_config)
 app.command()(recover)

@@ -1,0 +1,78 @@
+"""A ledger that was restored from a backup knows less than the apps' journals: what comes of that."""
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from metered_billing import SqlCredits
+from metered_billing.charge import Deducted, Record, Refunded, Reported, step
+from tests.scenes import charge, keep
+
+JOURNAL = Path("metered-billing-journal")
+LEDGER = "sqlite:///credits.db"
+
+
+async def taken(credits: SqlCredits, record: Record) -> Record:  # noqa: A002
+    answer = await credits.deduct(record)
+    assert isinstance(answer, Deducted)
+    return step(record, answer, now=record.opened_at)
+
+
+async def since_the_backup() -> dict[str, Record]:
+    """One charge of each kind: settled, to be refunded, at work, asked for."""
+    credits = SqlCredits("credits.db")  # noqa: A001
+    settled, refunding, at_work = [await taken(credits, charge()) for _ in range(3)]
+    settled, refunding = (step(record, Reported(7), now=time.time()) for record in (settled, refunding))
+    answer = await credits.refund(settled)
+    assert isinstance(answer, Refunded)
+    settled = step(settled, answer, now=time.time())
+    asked = charge()
+    await credits.deduct(asked)
+    records = {"settled": settled, "refunding": refunding, "at work": at_work, "asked": asked}
+    await keep(JOURNAL, list(records.values()), realm=credits.realm)
+    await credits.aclose()
+    return records
+
+
+def test_restored_ledger_gives_back_nothing_that_it_did_not_take(run: Any) -> None:
+    """What it lacks is disputed or voided, no credit moves, and reconcile names each charge."""
+    run("grant", "100", "--tenant", "acme", "--user", "ann", "--reason", "test", CREDITS=LEDGER)
+    assert run("backup", "copy.db").code == 0
+    records = asyncio.run(since_the_backup())
+    assert run("balance", "--tenant", "acme", "--user", "ann", CREDITS=LEDGER).out == "acme / ann: 63 credits\n"
+    for lost in Path().glob("credits.db*"):
+        lost.unlink()
+    Path("copy.db").rename("credits.db")
+
+    recovered = run("recover", CREDITS=LEDGER)
+    assert recovered.code == 3
+    assert "Now final: 2 disputed, 1 voided. 0 credits went back." in recovered.out
+    assert run("balance", "--tenant", "acme", "--user", "ann", CREDITS=LEDGER).out == "acme / ann: 100 credits\n"
+
+    reconciled = run("reconcile", "--json", CREDITS=LEDGER)
+    assert reconciled.code == 3
+    found = json.loads(reconciled.out)
+    missing = {each["charge_id"]: each["kind"] for each in found["differences"]}
+    assert missing[records["settled"].id] == "no deduction"
+    # What nobody can give back is for a person; a deduction that is not there is over.
+    listed = json.loads(run("charges", "list", "--json").out)["items"]
+    states = {each["id"]: each["state"] for each in listed}
+    assert {name: states[record.id] for name, record in records.items()} == {
+        "settled": "settled",
+        "refunding": "disputed",
+        "at work": "disputed",
+        "asked": "voided",
+    }
+    assert not isinstance(asyncio.run(late(records["asked"])), Deducted)
+    assert run("balance", "--tenant", "acme", "--user", "ann", CREDITS=LEDGER).out == "acme / ann: 100 credits\n"
+
+
+async def late(record: Record) -> object:
+    """A copy of its deduction that was under way all the time."""
+    credits = SqlCredits("credits.db")  # noqa: A001
+    try:
+        return await credits.deduct(record)
+    finally:
+        await credits.aclose()

@@ -102,7 +102,6 @@ async def granted(service: Service) -> None:
 @pytest.mark.parametrize(
     ("pictures", "status", "left"),
     [
-        ([*"abc"], 200, 97),
         (TEN, 200, 92),
         (["a", "bomb"], 500, 100),
         ([*"a" * 101], 402, 100),
@@ -138,6 +137,26 @@ async def test_what_is_lost_by_hand(
             while await balance() != left:
                 await asyncio.sleep(0.02)
     assert (answer.status_code, service.fails) == (status, set())
+
+
+@pytest.mark.parametrize(("program", "left"), [("resize_by_hand", 90), ("resize_metered", 100)])
+async def test_cancelled_request_is_lost_by_hand(
+    granted: None, monkeypatch: pytest.MonkeyPatch, program: str, left: int
+) -> None:
+    """A cancellation is no `Exception`."""
+    async with serving(program) as client:
+        at_work = asyncio.Event()
+
+        async def hangs(picture: str) -> None:
+            at_work.set()
+            await asyncio.sleep(60)
+
+        monkeypatch.setattr(sys.modules[program], "resized", hangs)
+        request = asyncio.create_task(client.post("/resize", json={"pictures": TEN}))
+        await asyncio.wait_for(at_work.wait(), 10)
+        request.cancel()
+        await asyncio.wait([request])
+        assert await balance() == left
 
 
 async def test_shadow_bills_beside_what_is_billed_by_hand(granted: None) -> None:

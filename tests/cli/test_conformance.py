@@ -140,6 +140,8 @@ class TestVerdict:
         done = against(broken.ChargesOnReplay, "--json", checks=("deduct-once", "healthz"), ADMIN_TOKEN=ADMIN)
         document = json.loads(done.out)
         assert (done.code, document["verdict"], document["credits_kept"]) == (1, "not usable", 0)
+        assert document["promises"]["3. Once"] == "no: deduct-once"
+        assert document["happens"] == {}
         first, second = document["checks"]
         assert (first["name"], first["outcome"], first["promise"]) == ("deduct-once", "broken", "3. Once")
         assert [each["status"] for each in first["exchanges"] if each["method"] == "POST"] == [201, 200, 200]

@@ -89,7 +89,8 @@ def conformance(
         except CannotCheck as why:
             raise Failure(f"{why}.", 2 if why.asked_wrongly else 1) from None
     if as_json:
-        terminal.say_json(report.to_json())
+        holds = {f"{number}. {words}": said for number, words, said in promises(report)}
+        terminal.say_json({**report.to_json(), "promises": holds, "happens": dict(what_happens(report))})
     else:
         _show(report)
     raise typer.Exit(report.exit_code)

@@ -341,16 +341,19 @@ async def test_retries_never_run_out(billing: Billing) -> None:
 
 
 @pytest.mark.parametrize("fault", [None, "503"])
-def test_app_that_settles_inline(billing: Billing, fault: Fault | None) -> None:
-    """As it does where a process is frozen between requests: its refund has gone out with the response, or waits."""
+async def test_app_that_settles_inline(billing: Billing, fault: Fault | None) -> None:
+    """As it does where a process is frozen between requests: with the response all has gone out that can."""
     inline = FastAPI()
     inline.include_router(app.router)
     inline.add_middleware(MeteredBillingMiddleware, settle="inline")
     billing.grant("acme", 100)
     if fault is not None:
         billing.fail_next("refund", fault)
-    assert TestClient(inline).post("/work", json=TEN).status_code == 200
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(inline), base_url="http://app") as client:
+        await client.post("/work", json=TEN)
+    assert [task.get_name() for task in asyncio.all_tasks() if "metered" in task.get_name()] == []
     assert billing.balance("acme") == (92 if fault is None else 90)
+    await billing.settled()
     billing.assert_charged("acme", kept=8, refunded=2)
     billing.assert_balanced()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from starlette.testclient import TestClient
 
 from metered_billing.testing import Billing, Entry, in_memory
 from metered_billing.testing.entries import faults_in
+from metered_billing.testing.wire import Request, Response, Unanswered, Wire
 
 from .shop import TEN, app
 
@@ -43,6 +45,21 @@ def test_ledger_that_is_wrong(entry: Entry, says: str) -> None:
     (wrong,) = faults_in([GRANT, TAKEN, entry])
     assert wrong.startswith(says)
     assert str(entry) in wrong
+
+
+def test_batch_without_an_answer() -> None:
+    """It has none for all of its operations, and what was planned for those behind is for others."""
+    wire = Wire()
+    for fault in ("ok", "lost reply", "503"):
+        wire.plan.add("deduct", fault)
+    operations = [{"op": "deduct", "idempotency_key": f"k{n}", "tenant_id": "acme", "amount": 1} for n in range(3)]
+    fate = wire.fate(Request("POST", "/v1/batch", {}, json.dumps({"operations": operations}).encode()))
+    assert fate.request is not None
+    assert json.loads(fate.request.body)["operations"] == operations
+    with pytest.raises(Unanswered, match="lost reply"):
+        fate.answer(Response(200, {}, b"{}"))
+    assert [(call.fault, call.status, call.batch) for call in wire.calls] == [("lost reply", None, 3)] * 3
+    assert wire.plan.left() == ["deduct: '503', 1 x, happened 0 x"]
 
 
 async def test_app_that_does_not_start(billing: Billing) -> None:

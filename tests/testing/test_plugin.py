@@ -110,6 +110,7 @@ def test_plugin_is_found_by_its_module_name() -> None:
     assert project["entry-points"]["pytest11"] == {"pytest_metered_billing": "pytest_metered_billing"}
 
 
+@pytest.mark.slow
 def test_what_nobody_asks_for_is_not_imported() -> None:
     """pytest imports the plugin in every run, and that imports nothing; to name the kit's types is cheap, too."""
     code = (

@@ -163,6 +163,9 @@ def test_idempotency_key_is_described_as_it_is_read(value: str) -> None:
         ("tenant_id=acme&limit=ten", "limit"),
         ("tenant_id=acme&cursor=nonsense", "cursor"),
         ("tenant_id=acme&cursor=%ff", "cursor"),
+        ("tenant_id=acme&user=alice", "user"),
+        ("tenant_id=acme&=", ""),
+        ("tenant_id=acme&tenant_id=globex", "tenant_id"),
     ],
 )
 async def test_query_that_is_wrong_is_named(admin: httpx.AsyncClient, query: str, field: str) -> None:
@@ -170,6 +173,19 @@ async def test_query_that_is_wrong_is_named(admin: httpx.AsyncClient, query: str
     response = await admin.get(f"/v1/transactions?{query}")
     assert problem(response) == (422, "invalid-request")
     assert fields(response) == [field]
+
+
+@pytest.mark.parametrize("path", ["/v1/deductions", "/v1/deductions/t/refunds", "/v1/voids", "/v1/grants", "/v1/batch"])
+async def test_query_of_a_post_is_refused(admin: httpx.AsyncClient, path: str) -> None:
+    """It would be ignored, and the shared pool be charged for a user."""
+    response = await admin.post(f"{path}?user_id=alice", json=GOOD, headers=HEADERS)
+    assert problem(response) == (422, "invalid-request")
+    assert fields(response) == ["user_id"]
+
+
+async def test_health_may_be_asked_anyhow(connect: Connect) -> None:
+    """Whoever looks after it may add what keeps his question out of caches."""
+    assert (await connect(None).get("/healthz?at=1700000000")).status_code == 200
 
 
 async def test_route_that_is_unknown_is_not_taken_for_a_refusal(admin: httpx.AsyncClient) -> None:

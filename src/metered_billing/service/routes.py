@@ -1,5 +1,6 @@
 """The routes of the credits API, version 1. Each turns a request into one call of the ledger, and back."""
 
+from collections import Counter
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Security
@@ -16,6 +17,7 @@ from metered_billing.service.guard import ACCESS
 from metered_billing.service.health import Health
 from metered_billing.service.perform import perform
 from metered_billing.service.problems import (
+    MAX_FIELD_LENGTH,
     READS_ONLY,
     ProblemResponse,
     documented,
@@ -121,10 +123,27 @@ def _answers(model: type, replay: bool = True, *links: str) -> dict[int | str, d
     }
 
 
+async def _known_parameters(request: Request) -> None:
+    """Refuse what would be ignored: a misspelt `user_id` shows the whole tenant, and one of a POST is in the body."""
+    known = {parameter.alias for parameter in request.scope["route"].dependant.query_params}
+    sent = Counter(name for name, _ in request.query_params.multi_items())
+    errors = [
+        {
+            "field": name[:MAX_FIELD_LENGTH],
+            "message": "This parameter must be sent once" if name in known else "There is no such parameter",
+        }
+        for name, times in sent.items()
+        if times > 1 or name not in known
+    ]
+    if errors:
+        raise invalid(errors)
+
+
 router = APIRouter(redirect_slashes=False)
+api = APIRouter(redirect_slashes=False, dependencies=[Depends(_known_parameters)])
 
 
-@router.post(
+@api.post(
     "/v1/deductions",
     summary="Deduct",
     status_code=201,
@@ -147,7 +166,7 @@ async def deduct(
     return await _perform(ledger, body.command(key), request)
 
 
-@router.post(
+@api.post(
     "/v1/deductions/{transaction_id}/refunds",
     summary="Refund",
     status_code=201,
@@ -175,7 +194,7 @@ async def refund(
     return await _perform(ledger, body.command(key, transaction_id, access.tenant_id), request)
 
 
-@router.post(
+@api.post(
     "/v1/voids",
     summary="Void",
     responses=_answers(answers.VoidAnswer, replay=False) | documented(*_COMMON, *_BODY, *_TENANT, *_REUSED),
@@ -190,7 +209,7 @@ async def void(body: bodies.VoidBody, access: TheAccess, ledger: TheLedger, requ
     return await _perform(ledger, body.command(), request)
 
 
-@router.post(
+@api.post(
     "/v1/grants",
     summary="Grant",
     status_code=201,
@@ -212,7 +231,7 @@ async def grant(
     return await _perform(ledger, body.command(key), request)
 
 
-@router.get(
+@api.get(
     "/v1/balance",
     summary="Balance",
     response_model=answers.BalanceAnswer,
@@ -224,7 +243,7 @@ async def balance(tenant_id: TenantId, access: TheAccess, ledger: TheLedger, use
     return JSONResponse({"balance": await ledger.balance(tenant_id, user_id or None)})
 
 
-@router.get(
+@api.get(
     "/v1/transactions",
     summary="List transactions",
     response_model=answers.PageAnswer,
@@ -247,7 +266,7 @@ async def transactions(
     return JSONResponse({"items": page.items, "next_cursor": page.next_cursor})
 
 
-@router.get(
+@api.get(
     "/v1/transactions/{transaction_id}",
     summary="Show a transaction",
     response_model=answers.EntryWithRefunds,
@@ -261,7 +280,7 @@ async def transaction(transaction_id: TransactionId, access: TheAccess, ledger: 
     return JSONResponse(entry)
 
 
-@router.post(
+@api.post(
     "/v1/batch",
     summary="Batch",
     response_model=answers.BatchAnswer,
@@ -289,6 +308,9 @@ async def healthz(request: Request) -> Response:
 async def livez() -> Response:
     """Whether this process answers at all, whatever its ledger does. Needs no token."""
     return JSONResponse({"status": "ok"})
+
+
+router.include_router(api)
 
 
 async def _perform(ledger: Ledger, command: Command, request: Request) -> Response:

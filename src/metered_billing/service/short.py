@@ -69,6 +69,7 @@ def _may_be_short(scope: Scope) -> bool:
     return (
         scope["type"] == "http"
         and scope["method"] == "POST"
+        and not scope.get("query_string")
         and (access := scope.get(ACCESS)) is not None
         and access.moves
         # Where a server's span has begun, it takes its name from the route.

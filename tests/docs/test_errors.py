@@ -11,7 +11,7 @@ from fastapi import FastAPI, HTTPException
 from starlette.types import ASGIApp
 
 import metered_billing
-from metered_billing import Account, HttpCredits, MeteredBillingMiddleware, SqlCredits, metered, settled
+from metered_billing import Account, HttpCredits, MeteredBillingMiddleware, SqlCredits, metered, names, settled
 from metered_billing.errors import TYPE_PREFIX
 from metered_billing.journal.sqlite import SqliteJournal
 
@@ -136,6 +136,14 @@ async def ask(app: ASGIApp, query: str) -> tuple[int, str]:
         answer = await client.get(f"/work{query}")
     kind = str(answer.json().get("type", ""))
     return answer.status_code, kind.removeprefix(TYPE_PREFIX) if kind.startswith(TYPE_PREFIX) else ""
+
+
+def test_events_that_are_told_of_are_logged() -> None:
+    """Also for what never becomes an error."""
+    known = {value for name, value in vars(names).items() if name.startswith("LOG_")}
+    rows = table(PAGE, "What never becomes an error")
+    assert rows
+    assert {code(row[3])[0] for row in rows} <= known
 
 
 async def route() -> None: ...

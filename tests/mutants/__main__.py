@@ -54,7 +54,7 @@ SUBJECTS: dict[str, frozenset[str] | None] = {
 TESTS = {
     "charge.py": ["tests/test_charge.py"],
     "outcomes": ["tests/test_outcomes.py"],
-    "settler.py": ["tests/test_settler.py", "tests/test_biller.py"],
+    "settler.py": ["tests/test_settler.py", "tests/test_biller.py", "tests/test_inline.py"],
     "biller.py": ["tests/test_settler.py", "tests/test_biller.py"],
 }
 """Which tests have to notice: a subject's own, so that it needs no other's to be safe."""

@@ -49,3 +49,10 @@ def test_seed_run_elsewhere_is_the_same_run() -> None:
         for seed in ("1", "2", "random")
     }
     assert len(digests) == 1
+
+
+@pytest.mark.no_cover
+def test_apps_that_settle_inline_keep_every_promise() -> None:
+    """And rest whenever no request is under way."""
+    failed = [(seed, world.problems) for seed in range(12) if (world := run(seed, inline=True)).problems]
+    assert not failed

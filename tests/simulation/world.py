@@ -95,10 +95,16 @@ class ServiceKind:
 
 
 class World:
-    """A run of one seed."""
+    """A run of one seed.
 
-    def __init__(self, seed: int, directory: Path) -> None:
+    Args:
+        inline: Whether the apps settle inline: then nothing of theirs goes on between requests, and somebody else
+            has to see to what they could not settle.
+    """
+
+    def __init__(self, seed: int, directory: Path, *, inline: bool = False) -> None:
         self.seed = seed
+        self.inline = inline
         self.directory = directory
         self.random = Random(seed)
         self.loop = VirtualLoop()
@@ -395,8 +401,19 @@ class World:
             if process.alive:
                 story.ended_at = self.loop.clock_s
                 self.note(story.id, "ends", story.status, "complete" if story.completed else "incomplete")
+                if self.inline and self.chaos and not process.stopping:
+                    self._rests(story, process)
 
         process.run(story.task.add_done_callback, ended)
+
+    def _rests(self, story: Story, process: Process) -> None:
+        """Where the last request under way is over, nothing goes on; unless somebody recovers by hand, or one was
+        cancelled while it settled, and has left that to its task."""
+        ours = [each for each in self.stories.values() if each.process is process]
+        others = any(each.ended_at is None or (each.task is not None and each.task.cancelling()) for each in ours)
+        by_hand = any(here.recovering for here in process.biller._settler._loops.values())
+        if process.biller.started and not others and not by_hand:
+            self.problem(f"{story.id} is over, and {process.name} does not rest")
 
     def leave(self, story: Story) -> None:
         if story.ended_at is None:
@@ -731,6 +748,8 @@ class World:
             if not process.ready:
                 found[name] = "down"
                 continue
+            if self.inline:  # as a schedule does
+                await process.spawn(_quietly(process.biller.recover), "recovery by a schedule")
             unsettled = await process.spawn(process.journal.unsettled(0.0), "unsettled")
             if unsettled or process.biller._settler._live:
                 found[name] = (unsettled, dict(process.biller._settler._live))
@@ -891,6 +910,7 @@ def app_of(world: World, process: Process) -> Starlette:
         "account": account_of,
         "runtime": process.runtime,
         "telemetry": telemetry,
+        "settle": "inline" if world.inline else "background",
     }
 
     def middleware(app: ASGIApp) -> ASGIApp:
@@ -973,7 +993,7 @@ def _spare_what_is_there() -> None:
     gc.freeze()
 
 
-def run(seed: int) -> World:
+def run(seed: int, *, inline: bool = False) -> World:
     """Run one seed. What went wrong stands in `problems` of what is returned."""
     place = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
     directory = Path(tempfile.mkdtemp(prefix="simulation-", dir=place))
@@ -984,7 +1004,7 @@ def run(seed: int) -> World:
     gc.disable()
     try:
         with patched():
-            world = World(seed, directory)
+            world = World(seed, directory, inline=inline)
             asyncio.set_event_loop(None)
             main = world.loop.create_task(world.main(), name="world")
             try:

@@ -128,6 +128,7 @@ def test_what_nobody_asks_for_is_not_imported() -> None:
     [
         ("respx", "router", r"pip install 'metered-billing\[testing\]'"),
         ("fastapi", "service", r"pip install 'metered-billing\[service\]'"),
+        ("uvicorn", "server", r"pip install 'metered-billing\[service\]'"),
         ("hypothesis", "strategies", "pip install hypothesis"),
     ],
 )

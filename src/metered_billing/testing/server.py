@@ -6,12 +6,15 @@ import socket
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
-import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
-from uvicorn.server import ServerState
-
 from metered_billing.testing.service import ReferenceService
 from metered_billing.testing.wire import Request, Unanswered, Wire
+
+try:
+    import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+    from uvicorn.server import ServerState
+except ImportError as error:
+    raise ImportError("the service on a socket needs: pip install 'metered-billing[service]'") from error
 
 Message = MutableMapping[str, Any]
 

@@ -78,6 +78,7 @@ ROWS: list[tuple[State, int, Event, State]] = [
     (State.OPENED, 0, Declined(), State.DECLINED),
     (State.OPENED, 0, Declined(certain=False), State.VOIDING),
     (State.OPENED, 0, Declined(after_unknown=True), State.VOIDING),
+    (State.OPENED, 0, Declined(forgotten=True), State.VOIDING),
     (State.OPENED, 0, Declined(certain=False, after_unknown=True), State.VOIDING),
     (State.OPENED, 0, NotSent("no connection"), State.ABANDONED),
     (State.OPENED, 0, Unknown("timed out"), State.VOIDING),

@@ -541,7 +541,7 @@ class TestNothingToLookIn:
         self.wait(world)
         assert begun == [True]
 
-    def test_charge_that_another_has_taken_is_let_go(self, world: World) -> None:
+    def test_charge_that_another_has_taken_is_let_go(self, world: World, caplog: pytest.LogCaptureFixture) -> None:
         """It is not sent."""
         write = world.journal.write
 
@@ -558,6 +558,7 @@ class TestNothingToLookIn:
         world.journal.write = watched  # type: ignore[method-assign]
         self.wait(world)
         assert calls(world) == ["deduct", "void", "deduct", "void", "find", "void", "find", "deduct"]
+        assert 'reason="somebody else has it"' in caplog.text
 
 
 def test_look_up_without_an_answer_is_repeated(world: World) -> None:

@@ -383,7 +383,7 @@ class Settler:
                 return NotFound()
             if not self._credits.remembers_declines:
                 return Unanswered("declined; looking again later", retry_after_s=LOOK_AGAIN_AFTER_S, declined=True)
-            return Unanswered("declined, in doubt", declined=False)
+            return Unanswered("declined, in doubt")
         return Unanswered(answer.reason, answer.retry_after_s, sent=not isinstance(answer, NotSent), declined=False)
 
     async def _postpone(self, record: Record, answer: Unanswered) -> None:

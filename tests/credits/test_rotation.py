@@ -8,12 +8,16 @@ from typing import Any
 import httpx
 import pytest
 import respx
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from pydantic import SecretStr
 
 from metered_billing import names
 from metered_billing.charge import Declined, Deducted, NotSent, Refunded, Unanswered, Unknown, Voided
 from metered_billing.credits.http import HttpCredits
 from metered_billing.runtime import Runtime
+from metered_billing.telemetry import Telemetry
 
 from .test_batches import Service, charge, deduct_all, done, result
 from .test_http import DEDUCTED, REFUND, URL, VOID, World, never, problem, record, stray, yes
@@ -168,6 +172,36 @@ async def test_wait_for_the_other_token_ends_with_the_attempt(make: Make, router
     tokens.gate = asyncio.Event()
     credits_ = make(tokens, attempt_timeout_s=0.05, runtime=Runtime())
     assert await credits_.deduct(record()) == Unknown("HTTP 401 unauthorized")
+
+
+async def test_token_that_comes_too_late_is_not_used(make: Make, router: respx.MockRouter) -> None:
+    """The attempt's time is over: nothing is sent that nobody waits for."""
+    deductions = router.post("/v1/deductions").mock(side_effect=only("new", yes))
+    world = World()
+
+    class Slow(Tokens):
+        async def another_than(self, rejected: SecretStr | None) -> SecretStr | None:
+            world.pass_by(3)
+            return await super().another_than(rejected)
+
+    assert await make(Slow(), runtime=world.runtime).deduct(record()) == Unknown("HTTP 401 unauthorized")
+    assert deductions.call_count == 1
+    late = make(Slow(held=None), runtime=world.runtime, attempts=1)
+    assert await late.deduct(record()) == NotSent("the token cannot be read")
+    assert deductions.call_count == 1
+
+
+async def test_second_call_is_told_from_the_first(make: Make, router: respx.MockRouter) -> None:
+    """In traces."""
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    router.post("/v1/deductions").mock(side_effect=only("new", yes))
+    await make(Tokens(), telemetry=Telemetry(tracer_provider=provider)).deduct(record())
+    calls = [dict(span.attributes or {}) for span in exporter.get_finished_spans()]
+    assert [(call.get(names.HTTP_STATUS_CODE), call.get(names.HTTP_RESEND_COUNT)) for call in calls] == [
+        (401, None),
+        (201, 1),
+    ]
 
 
 async def test_deduction_that_is_cancelled_meanwhile_is_not_sent_again(make: Make, router: respx.MockRouter) -> None:

@@ -204,6 +204,11 @@ async def test_rejected_token_that_is_still_the_one_there_is_read_seldom(place: 
     place.value = "two"
     place.time += 60
     assert await token.another_than(ONE) == TWO
+    for after_s, reads_more in ((0, 1), (4, 0), (1, 1)):  # and for the other one it begins anew
+        place.time += after_s
+        before = place.reads
+        assert await token.another_than(TWO) is None
+        assert place.reads - before == reads_more
 
 
 async def test_each_token_is_read_for_at_once(place: Place) -> None:

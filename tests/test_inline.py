@@ -273,6 +273,29 @@ def test_journal_of_two_apps_rests_when_both_do(world: Frozen, monkeypatch: pyte
     world.run(main)
 
 
+def test_work_that_does_not_end_when_it_is_told_to_holds_a_request_up_for_another_second(world: Frozen) -> None:
+    """A journal on a disk that hangs may have to see to something first. It does not rest then."""
+
+    async def adopt(_: float) -> int:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(3600.0)
+        await asyncio.sleep(10.0)
+        return 0
+
+    async def main() -> None:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(world.inner, "adopt", adopt)
+            await world.invoke()
+            assert world.time == pytest.approx(4.0)
+            assert world.biller.started
+            await asyncio.sleep(10.0)
+        await world.invoke()
+        at_rest()
+
+    world.run(main)
+    world.holds()
+
+
 def test_journal_that_hangs_holds_the_end_of_a_request_up_for_a_second(
     world: Frozen, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -172,9 +172,9 @@ class Settler:
             _, late = await asyncio.wait(list(here.tasks), timeout=within_s)
             for task in late:
                 task.cancel()
-            if late:
-                await asyncio.wait(late)
-        if any(at is loop for at in list(self._live.values())):
+            if late:  # a journal may see to something of its own first, on a disk that hangs
+                await asyncio.wait(late, timeout=PAUSE_WITHIN_S)
+        if here.tasks or any(at is loop for at in list(self._live.values())):
             return
         here.quiet = True
         if not any(other._awake for other in self._together()):

@@ -407,12 +407,16 @@ class World:
         process.run(story.task.add_done_callback, ended)
 
     def _rests(self, story: Story, process: Process) -> None:
-        """Where the last request under way is over, nothing goes on; unless somebody recovers by hand, or one was
-        cancelled while it settled, and has left that to its task."""
+        """Where the last request under way is over, nothing goes on.
+
+        Unless somebody recovers by hand, one was cancelled while it settled, and has left that to its task, or a task
+        that was told to end waits for a disk that hangs.
+        """
         ours = [each for each in self.stories.values() if each.process is process]
         others = any(each.ended_at is None or (each.task is not None and each.task.cancelling()) for each in ours)
-        by_hand = any(here.recovering for here in process.biller._settler._loops.values())
-        if process.biller.started and not others and not by_hand:
+        [here] = process.biller._settler._loops.values()
+        busy = here.recovering or any(task.cancelling() for task in here.tasks)
+        if process.biller.started and not others and not busy:
             self.problem(f"{story.id} is over, and {process.name} does not rest")
 
     def leave(self, story: Story) -> None:

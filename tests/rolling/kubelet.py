@@ -155,7 +155,7 @@ class Deployment:
         while replica.process.poll() is None and time.monotonic() < deadline:
             if await self._probe(replica, which):
                 return
-            await asyncio.sleep(self.workload.probe(which)["periodSeconds"] * self._pace)
+            await asyncio.sleep(max(self.workload.probe(which)["periodSeconds"] * self._pace, 0.3))
         raise RuntimeError(f"{replica.name}: {which} failed\n{replica.log.read_text()[-3000:]}")
 
     async def _watch(self, replica: Replica) -> None:
@@ -170,7 +170,8 @@ class Deployment:
                     self._is_ready(replica, good)
                 elif failed[which] == probe["failureThreshold"]:
                     self.faults.append(f"{replica.name}: would have been restarted, for its liveness probe failed")
-            await asyncio.sleep(self.workload.probe("readiness")["periodSeconds"] * self._pace)
+            # In a hurry too: probing costs the processor what replicas need to start.
+            await asyncio.sleep(max(self.workload.probe("readiness")["periodSeconds"] * self._pace, 1.0))
 
     async def _probe(self, replica: Replica, which: str) -> bool:
         url = f"http://127.0.0.1:{replica.port}{self.workload.path(which)}"

@@ -208,6 +208,7 @@ def test_instance_that_is_frozen_and_killed_costs_nobody_anything(
         sql(pg_url, "UPDATE owners SET expires_at = clock_timestamp() - interval '1 s'")
         came_of_it = recover(None, Context())
         assert (came_of_it["tried"] > 0, came_of_it["left"]) == (True, 0)  # on a busy machine a try may be late
-        assert ledger.moves()[6:] == [("deduction", -10), ("refund", 10)]
+        # Killed before it had the answer on record, it is undone by a void.
+        assert ledger.moves()[6:] in ([("deduction", -10), (kind, 10)] for kind in ("refund", "void"))
     finally:
         instance.kill()

@@ -144,6 +144,16 @@ def test_variable_that_is_no_setting(monkeypatch: pytest.MonkeyPatch, name: str,
     assert refusal().startswith(f"{name} in .env is no setting; ")
 
 
+@pytest.mark.parametrize("sign", [":", "-", " "])
+def test_value_that_ended_up_in_the_name_is_not_shown(monkeypatch: pytest.MonkeyPatch, sign: str) -> None:
+    """`TOKEN:c2VjcmV0=` is a slip of the pen, and its `=` the secret's own."""
+    said = "METERED_BILLING_TOKEN… in {} is no setting; did you mean METERED_BILLING_TOKEN?"
+    dotenv(f"'METERED_BILLING_TOKEN{sign}{SECRET}'==\n")
+    assert refusal() == said.format(".env")
+    monkeypatch.setenv(f"METERED_BILLING_TOKEN{sign}{SECRET}", "=")
+    assert refusal() == said.format("the environment")
+
+
 @pytest.mark.parametrize(("name", "hint"), [("Token", "; did you mean token?"), ("zzz", "; there are credits, ")])
 def test_parameter_that_is_no_setting(in_ssm: dict[str, str], name: str, hint: str) -> None:
     """The prefix is ours alone."""
@@ -202,6 +212,8 @@ def test_empty_value_is_refused(monkeypatch: pytest.MonkeyPatch, in_ssm: dict[st
         (f'A=1\nMETERED_BILLING_TOKEN="{SECRET}\nB=2\n'.encode(), "line 2 is no NAME=VALUE"),
         (f"\n\n={SECRET}\n".encode(), "line 3 is no NAME=VALUE"),
         (f"METERED_BILLING_TOKEN={SECRET}\xe9\n".encode("latin-1"), "it is not UTF-8"),
+        (f"METERED_BILLING_TOKEN:{SECRET}\n".encode(), "line 1 is no NAME=VALUE"),
+        (f"METERED_BILLING_TOKEN_{SECRET}\n".encode(), "line 1 is no NAME=VALUE"),
     ],
 )
 def test_dotenv_that_cannot_be_read(content: bytes, why: str) -> None:

@@ -28,6 +28,8 @@ ELSEWHERE = frozenset({"TOKENS", "ADMIN_TOKEN", "FOREIGN_TOKEN"})
 
 _DEMO = "DEMO_"
 
+_WORD = re.compile(r"\w*", re.ASCII)
+
 # What Kubernetes puts there for each service whose name begins with ours.
 _OF_A_SERVICE = re.compile(
     r"([A-Z0-9_]+_)?(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
@@ -70,7 +72,9 @@ def from_file(settings: Collection[str], file: Path) -> dict[str, Found]:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise InvalidSettings(f"{file} cannot be read: {why}") from None
     for binding in parse_stream(io.StringIO(text)):
-        if binding.error:
+        # Without its =, a value is taken for a part of the name.
+        bare = _bare(binding.key or "") if binding.value is None else ""
+        if binding.error or (bare and bare.lower() not in settings):
             whole = binding.original.string
             line = binding.original.line + whole[: len(whole) - len(whole.lstrip())].count("\n")
             raise InvalidSettings(f"{file} cannot be read: line {line} is no NAME=VALUE")
@@ -102,7 +106,9 @@ def _variables(
         if not bare or bare in ELSEWHERE or bare.startswith(_DEMO):
             continue
         if bare.lower() not in settings:
-            raise InvalidSettings(f"{name} {where} is no setting{_meant(bare.lower(), settings, PREFIX)}")
+            word = _WORD.match(name)[0]  # type: ignore[index] # behind another sign there may be a value
+            shown = word if word == name else f"{word}…"
+            raise InvalidSettings(f"{shown} {where} is no setting{_meant(_bare(word).lower(), settings, PREFIX)}")
         found[bare.lower()] = _filled(Found(value, source, f"{name} {where}"))
     return found
 

@@ -105,6 +105,19 @@ def test_file_that_cannot_be_read_changes_nothing(
     assert known(tokens, "old", "new") == [False, True]
 
 
+def test_pipe_is_read_once(clock: Clock) -> None:
+    """`--tokens-file <(…)`: a second look would find nothing in it, and lock everybody out."""
+    reading, writing = os.pipe()
+    try:
+        os.write(writing, b"piped *\n")
+        os.close(writing)
+        tokens = TokenFile(Path(f"/dev/fd/{reading}"), monotonic=clock)
+        for clock.now in (1.0, 2.0, 3.0):
+            assert known(tokens, "piped") == [True]
+    finally:
+        os.close(reading)
+
+
 def test_file_of_no_tokens_lets_nobody_in(file: Path, tokens: TokenFile, clock: Clock) -> None:
     """Revoking the last token revokes it. To start with none is refused."""
     file.write_text("# none\n")

@@ -186,6 +186,8 @@ def _signature(file: Path) -> _Signature | None:
         found = file.stat()
     except OSError:
         return None
+    if stat.S_ISFIFO(found.st_mode):
+        return 0, 0, 0  # a pipe can be read only once
     if time.time() - found.st_mtime < _SETTLED_S:
         return None
     return found.st_mtime_ns, found.st_size, found.st_ino

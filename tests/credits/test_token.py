@@ -16,6 +16,7 @@ from metered_billing.credits.token import (
     RotatingToken,
     TokenUnreadable,
 )
+from metered_billing.journal import lock
 from metered_billing.runtime import Runtime
 from tests.fakes import Inline
 
@@ -286,6 +287,19 @@ def test_many_loops_read_it_once() -> None:
         thread.join(10)
     assert found == [TWO] * loops
     assert place.reads == 1
+
+
+async def test_forked_child_reads_it_in_a_thread_of_its_own(place: Place) -> None:
+    """Its parent's has not come along; what that was reading, nobody here brings."""
+    threads: list[Any] = [place.thread, Inline()]
+    runtime = Runtime(monotonic=lambda: place.time, random=place.luck, executor=lambda: threads.pop(0))
+    token = RotatingToken(place.read, held=ONE, runtime=runtime)
+    place.time += 400
+    assert secret(token) == "one"  # the parent reads
+    token._lock.acquire()
+    lock._forked()
+    place.value = "two"
+    assert await asyncio.wait_for(token.another_than(ONE), 5) == TWO
 
 
 # When there is none yet.

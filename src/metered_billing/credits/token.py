@@ -16,6 +16,7 @@ from typing import Protocol
 from pydantic import SecretStr
 
 from metered_billing import names
+from metered_billing.journal.lock import call_in_forked_child
 from metered_billing.runtime import Executor, Runtime
 from metered_billing.telemetry import Telemetry
 
@@ -89,13 +90,18 @@ class RotatingToken:
         self._ttl_s = ttl_s
         self._runtime = runtime or Runtime()
         self._telemetry = telemetry or Telemetry()
-        self._lock = threading.Lock()
-        self._executor: Executor | None = None  # made when it is needed: a server may fork before
-        self._reading: Future[None] | None = None
+        self.forked()
         self._stale = False
         self._due = -math.inf if held is None else self._in(ttl_s)
         self._rejected_again = -math.inf
         self._patience_s = REJECTED_RETRY_S
+        call_in_forked_child(self)
+
+    def forked(self) -> None:
+        """This is a child: the thread, and what it was reading, are its parent's."""
+        self._lock = threading.Lock()
+        self._executor: Executor | None = None  # made when it is needed
+        self._reading: Future[None] | None = None
 
     def held(self) -> SecretStr | None:
         if self._runtime.monotonic() >= self._due:

@@ -260,7 +260,8 @@ def test_journal_of_two_apps_rests_when_both_do(world: Frozen, monkeypatch: pyte
     async def main() -> None:
         await other.start()
         await world.invoke()
-        assert told == []
+        assert told == ["resume", "resume"]
+        told.clear()
         await other.quiesce(3.0)
         await other.quiesce(3.0)
         assert told == ["pause", "pause"]
@@ -293,6 +294,34 @@ def test_work_that_does_not_end_when_it_is_told_to_holds_a_request_up_for_anothe
         at_rest()
 
     world.run(main)
+    world.holds()
+
+
+def test_journal_that_rests_is_woken_on_every_event_loop(world: Frozen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop of its own for each request: none of them may lose its place while it runs."""
+    resting: list[bool] = [False]
+
+    async def pause() -> None:
+        resting[0] = True
+
+    def resume() -> None:
+        resting[0] = False
+
+    monkeypatch.setattr(world.inner, "pause", pause)
+    monkeypatch.setattr(world.inner, "resume", resume)
+    while_it_ran: list[bool] = []
+
+    async def look(_: Any) -> None:
+        while_it_ran.append(resting[0])
+
+    async def main() -> None:
+        await world.serve(route=look)
+        await world.biller.quiesce(3.0)
+
+    for _ in range(2):
+        world.run(main)
+        assert resting == [True]
+    assert while_it_ran == [False, False]
     world.holds()
 
 

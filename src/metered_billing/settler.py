@@ -146,6 +146,7 @@ class Settler:
             for charge_id in [charge_id for charge_id, at in list(live.items()) if at.is_closed()]:
                 live.pop(charge_id, None)
         here = self._loops[loop] = LoopTasks(self._runtime.monotonic)
+        self._journal.resume()  # it may have been put to rest on another loop, or by another app
         if self._inline:
             here.resting = True
             self._look_while_here(here)

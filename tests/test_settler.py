@@ -541,6 +541,25 @@ class TestNothingToLookIn:
         self.wait(world)
         assert begun == [True]
 
+    def test_bug_in_the_resend_begins_anew(self, world: World) -> None:
+        """A backend of the user's own may have sent it before it raised: a copy may be under way."""
+
+        def breaks() -> None:
+            deduct = world.bank.deduct
+            answers: list[Exception] = [RuntimeError("a bug")]
+
+            async def broken(record: Record) -> Any:
+                answer = await deduct(record)
+                if answers:
+                    raise answers.pop()
+                return answer
+
+            world.bank.deduct = broken  # type: ignore[method-assign]
+
+        times = self.wait(world, in_between=breaks)
+        assert times[-1] - times[2] > 300
+        assert final(world)[0][0] == "voided"
+
     def test_charge_that_another_has_taken_is_let_go(self, world: World, caplog: pytest.LogCaptureFixture) -> None:
         """It is not sent."""
         write = world.journal.write

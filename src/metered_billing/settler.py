@@ -346,7 +346,8 @@ class Settler:
         except Exception as error:
             # A bug in a backend must not lose the refund, nor stand in the way of others.
             self._telemetry.log(names.LOG_BUG, record, exc_info=error)
-            return Unanswered(f"{type(error).__name__} in the credits backend")
+            # A deduction may have been sent again before it raised: a copy may be under way.
+            return Unanswered(f"{type(error).__name__} in the credits backend", declined=False)
 
     async def _refund(self, record: Record) -> RefundAnswer:
         answer = await self._credits.refund(record)

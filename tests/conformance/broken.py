@@ -131,6 +131,26 @@ class NewTransactionPerReplay(Service):
         return response
 
 
+class LooksAtTheBalanceFirst(Service):
+    """And at the key afterwards: a replay is declined where the first has taken what there was."""
+
+    async def answer(self, request: httpx.Request) -> httpx.Response:
+        body = sent(request)
+        amount, tenant_id = body.get("amount"), body.get("tenant_id")
+        if is_deduction(request) and type(amount) is int and isinstance(tenant_id, str):
+            held = await self.ledger.balance(tenant_id, body.get("user_id"))
+            if held < amount:
+                return answered(402, "insufficient-credits", required=amount, balance=held)
+        return await self.real(request)
+
+
+class LooksAtTheBalanceFirstAndHasNoVoids(LooksAtTheBalanceFirst):
+    """So that nothing undoes what went wrong."""
+
+    async def answer(self, request: httpx.Request) -> httpx.Response:
+        return answered(404) if is_void(request) else await super().answer(request)
+
+
 class ForgetsKeys(Service):
     """Every deduction is a new one."""
 

@@ -32,6 +32,7 @@ def names(report: Report) -> set[str]:
 UNUSABLE = {
     broken.ChargesOnReplay: "deduct-once",
     broken.NewTransactionPerReplay: "replay-same-answer",
+    broken.LooksAtTheBalanceFirstAndHasNoVoids: "replay-when-spent",
     broken.ForgetsKeys: "deduct-once",
     broken.TakesOtherPayloadForReplay: "key-reused",
     broken.RacesOnCopies: "concurrent-copies",
@@ -56,6 +57,7 @@ UNUSABLE = {
 }
 
 LIMITED = {
+    broken.LooksAtTheBalanceFirst: "replay-when-spent",
     broken.NoVoids: "void-undoes",
     broken.NoVoids405: "void-undoes",
     broken.NoVoids501: "void-undoes",

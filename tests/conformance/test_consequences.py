@@ -186,7 +186,7 @@ async def test_void_of_an_unknown_key_is_no_void_or_a_dispute(tmp_path: Path) ->
     await other.ledger.close()
 
 
-# deduct-once, replay-same-answer, refund-once: what makes them fatal
+# deduct-once, replay-same-answer, refund-once, and replay-when-spent without voids: what makes them fatal
 
 
 async def test_double_charging_service_takes_twice_when_an_answer_is_lost(tmp_path: Path) -> None:
@@ -205,6 +205,20 @@ async def test_new_transaction_per_replay_loses_the_refund(tmp_path: Path) -> No
     transaction = await deducted(http(Lossy(service, reply="/v1/deductions"), attempts=3))
     assert isinstance(await http(service).refund(refunding(transaction)), Refused)
     assert await held(service) == 90
+    await service.ledger.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "left"), [(broken.LooksAtTheBalanceFirst, 10), (broken.LooksAtTheBalanceFirstAndHasNoVoids, 0)]
+)
+async def test_balance_before_the_key_loses_the_last_credits_where_there_are_no_voids(
+    kind: type[Service], left: int, tmp_path: Path
+) -> None:
+    """The deduction was done, its answer is lost, and each replay is declined: too few are left."""
+    service = kind(tmp_path)
+    await granted(service, 10)
+    assert await request(tmp_path, http(Lossy(service, reply="/v1/deductions"), attempts=3)) == 503
+    assert await held(service) == left
     await service.ledger.close()
 
 

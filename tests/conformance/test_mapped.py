@@ -18,7 +18,7 @@ from metered_billing.credits.contract import Call, Contract, Record, RefundAnswe
 from metered_billing.ledger import Grant
 from tests.stand import serving
 
-from .broken import APP, Service
+from .broken import APP, LooksAtTheBalanceFirst, Service
 
 pytestmark = pytest.mark.no_cover
 
@@ -80,7 +80,7 @@ async def test_credits_api_as_a_mapping_holds(tmp_path: Path) -> None:
     assert broken(seen) == set()
     assert [result.check.name for result in seen.not_tried] == ["batch"]
     assert (seen.verdict, seen.kept) == (Verdict.CONFORMANT, 0)
-    assert len(seen.results) == 35
+    assert len(seen.results) == 36
 
 
 async def test_without_keys_it_is_not_usable(
@@ -97,6 +97,28 @@ async def test_without_keys_it_is_not_usable(
     seen = await report(house, Keyless(), "deduct-once", "concurrent-copies")
     assert (broken(seen), seen.verdict) == ({"deduct-once", "concurrent-copies"}, Verdict.UNUSABLE)
     assert {number: words for number, _, words in promises(seen)}[3] == "no: deduct-once, concurrent-copies"
+
+
+@pytest.mark.parametrize(("listed", "verdict"), [(False, Verdict.UNUSABLE), (True, Verdict.LIMITED)])
+async def test_balance_before_the_key_is_not_usable_without_voids_and_list(
+    listed: bool, verdict: Verdict, tmp_path: Path
+) -> None:
+    """A list would show what the replay hides."""
+
+    class Voidless(Contract):
+        remembers_declines = False
+
+        def void(self, record: Record) -> None:
+            return None
+
+        def transactions(self, tenant_id: str, user_id: str | None, cursor: str | None, limit: int) -> Call | None:
+            return super().transactions(tenant_id, user_id, cursor, limit) if listed else None
+
+    service = LooksAtTheBalanceFirst(tmp_path)
+    await service.ledger.grant(Grant(idempotency_key="g", tenant_id="acme", user_id=None, amount=100, reason="test"))
+    seen = await report(sys, Voidless(), "replay-when-spent", token=APP, transport=service)
+    await service.ledger.close()
+    assert (broken(seen), seen.verdict, seen.kept) == ({"replay-when-spent"}, verdict, 0)
 
 
 async def test_refunds_as_often_as_asked_are_not_usable(house: ModuleType, mapping: type[Contract]) -> None:

@@ -27,6 +27,10 @@ class Broken(Exception):
     """A promise does not hold: what came instead, in words."""
 
 
+class Lost(Broken):
+    """It does not hold, and this service has nothing by which the library could help it: that is fatal."""
+
+
 class NotTried(Exception):
     """The promise cannot be looked at here: why, in words. It is neither kept nor broken."""
 

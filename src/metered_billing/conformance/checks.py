@@ -13,7 +13,7 @@ from urllib.parse import quote
 from uuid import uuid4
 
 from metered_billing.charge import Account, NoVoid, Record
-from metered_billing.conformance.bench import Bench, Broken, NotTried, number, results, text
+from metered_billing.conformance.bench import Bench, Broken, Lost, NotTried, number, results, text
 from metered_billing.credits.contract import Contract, Reply
 
 GROUPS = {
@@ -133,6 +133,26 @@ async def replay_same_answer(bench: Bench) -> None:
     again = await bench.deduct(10, key)
     if taken(again, 10) != transaction:
         raise Broken(f"another transaction each time: {transaction!r}, then {text(again, 'transaction_id')!r}")
+
+
+@check(
+    "replay-when-spent",
+    "required",
+    4,
+    tried="a deduction of all that the account holds, again under its key",
+    expected="the same transaction as the first time: the key is looked up before the balance",
+    without="Where an answer was lost, the library hears of too few credits. It voids the deduction, and the client "
+    "hears 503. Without voids these credits stay taken, and nobody will know: do not use this service then.",
+)
+async def replay_when_spent(bench: Bench) -> None:
+    before, key = await bench.balance(), bench.new_key()
+    transaction = taken(await bench.deduct(before, key), before)
+    again = await bench.deduct(before, key)
+    if text(again, "transaction_id") != transaction:
+        came = f"the first took the last credits, as {transaction!r}; the second was answered {again}"
+        undone = (await bench.void(key)).status == 200
+        raise (Broken if undone else Lost)(came)
+    await holds(bench, 0)
 
 
 @check(

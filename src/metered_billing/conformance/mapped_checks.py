@@ -7,14 +7,25 @@ from dataclasses import replace
 from uuid import uuid4
 
 from metered_billing.charge import Declined, Found, Refunded, Refused, Unanswered
-from metered_billing.conformance.bench import Broken, NotTried
-from metered_billing.conformance.checks import CHECKS, DO_NOT, Check, declined, given, holds, not_done, taken
+from metered_billing.conformance.bench import Bench, Broken, Lost, NotTried
+from metered_billing.conformance.checks import (
+    CHECKS,
+    DO_NOT,
+    Check,
+    declined,
+    given,
+    holds,
+    not_done,
+    replay_when_spent,
+    taken,
+)
 from metered_billing.conformance.mapped import MappedBench, lacks, mapped
 from metered_billing.credits.contract import Contract
 
 AS_THEY_ARE = {
     "deduct-once",
     "replay-same-answer",
+    "replay-when-spent",
     "concurrent-copies",
     "declined-takes-nothing",
     "never-overdrawn",
@@ -70,6 +81,18 @@ def _others(contract: Contract) -> list[Check]:
         "decline that arrives late takes credits, and nobody will know."
     )
     return [
+        *(
+            [
+                replace(
+                    known["replay-when-spent"],
+                    without="Where an answer was lost, the library hears of too few credits: the client hears 503, and "
+                    "the deduction is found in the list 5 minutes later, and refunded.",
+                    run=_replay_when_spent,
+                )
+            ]
+            if looked_in
+            else []
+        ),
         replace(
             known["key-reused"],
             fatal=False,
@@ -152,6 +175,13 @@ def _others(contract: Contract) -> list[Check]:
             run=_any_language,
         ),
     ]
+
+
+async def _replay_when_spent(bench: Bench) -> None:
+    try:
+        await replay_when_spent(bench)
+    except Lost as what:
+        raise Broken(str(what)) from None  # but for the list
 
 
 @mapped

@@ -2,11 +2,12 @@
 
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 
 import httpx
 
 from metered_billing.charge import Account
-from metered_billing.conformance.bench import Bench, Broken, NotTried, Silent
+from metered_billing.conformance.bench import Bench, Broken, Lost, NotTried, Silent
 from metered_billing.conformance.checks import CHECKS, NEEDED, Check
 from metered_billing.conformance.mapped import MappedBench
 from metered_billing.conformance.mapped_checks import checks_of
@@ -208,6 +209,7 @@ async def run_check(check: Check, bench: Bench) -> tuple[Result, bool]:
         outcome, came = Outcome.NOT_TRIED, str(why)
     except Broken as what:
         outcome, came, heard = Outcome.BROKEN, str(what), not isinstance(what, Silent)
+        check = replace(check, fatal=check.fatal or isinstance(what, Lost))
     finally:
         exchanges = tuple(bench.exchanges[-SHOWN:])
         if before is not None:

@@ -3,9 +3,11 @@
 import asyncio
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -80,7 +82,7 @@ async def test_credits_api_as_a_mapping_holds(tmp_path: Path) -> None:
     assert broken(seen) == set()
     assert [result.check.name for result in seen.not_tried] == ["batch"]
     assert (seen.verdict, seen.kept) == (Verdict.CONFORMANT, 0)
-    assert len(seen.results) == 36
+    assert len(seen.results) == 37
 
 
 async def test_without_keys_it_is_not_usable(
@@ -119,6 +121,64 @@ async def test_balance_before_the_key_is_not_usable_without_voids_and_list(
     seen = await report(sys, Voidless(), "replay-when-spent", token=APP, transport=service)
     await service.ledger.close()
     assert (broken(seen), seen.verdict, seen.kept) == ({"replay-when-spent"}, verdict, 0)
+
+
+def in_path(account: Account) -> str:
+    return f"/wallets/{account.user_id}"
+
+
+def quoted(account: Account) -> str:
+    return f"/wallets/{quote(account.user_id or '', safe='')}"
+
+
+def refused(account: Account) -> str:
+    if "/" in (account.user_id or ""):
+        raise ValueError("no such user")
+    return in_path(account)
+
+
+def looked_up(account: Account) -> str:
+    return {"ann": "/wallets/7"}[account.user_id or ""]
+
+
+@pytest.mark.parametrize(
+    ("path", "outcome"), [(in_path, "broken"), (quoted, "held"), (refused, "held"), (looked_up, "not tried")]
+)
+async def test_ids_that_are_not_quoted_are_seen(
+    house: ModuleType, mapping: type[Contract], path: Any, outcome: str
+) -> None:
+    """A user who is called `ann/charges?` would pay with the credits of ann."""
+
+    class InPaths(mapping):  # type: ignore[misc, valid-type]
+        def deduction(self, record: Record) -> Call:
+            return Call("POST", path(record.account))
+
+    seen = await report(house, InPaths(), "ids-quoted")
+    assert [result.outcome for result in seen.results] == [outcome]
+    if outcome == "broken":
+        assert seen.verdict is Verdict.UNUSABLE
+        assert "for the user user/%41?# is /wallets/user/%41?#" in seen.broken[0].came
+
+
+async def test_unknown_transaction_is_a_number_where_transactions_are(
+    house: ModuleType, mapping: type[Contract]
+) -> None:
+    """A service whose ids are numbers answers anything else with an error of its framework's."""
+
+    class Numbered(mapping):  # type: ignore[misc, valid-type]
+        def read_deduction(self, record: Record, reply: Reply) -> Any:
+            answer = super().read_deduction(record, reply)
+            return replace(answer, transaction_id=answer.transaction_id.removeprefix("tx-"))
+
+        def refund(self, record: Record) -> Call:
+            asked.append(record.transaction_id)
+            call: Call = super().refund(record)
+            return replace(call, body={**(call.body or {}), "transactionId": f"tx-{int(record.transaction_id or 0)}"})
+
+    asked: list[str | None] = []
+    seen = await report(house, Numbered(), "problem-not-found")
+    assert (broken(seen), seen.kept) == (set(), 0)
+    assert asked == ["2147483647", "1"]
 
 
 async def test_refunds_as_often_as_asked_are_not_usable(house: ModuleType, mapping: type[Contract]) -> None:

@@ -103,13 +103,13 @@ class MappedBench(Bench):
         call, fields = split(more)
         whose = account or self.account
         taken = self._taken.setdefault((whose.tenant_id, key), Taken(whose, amount))
-        told = await self._deduct(_record(whose, key, amount, fields), **call)
+        told = await self._deduct(record_of(whose, key, amount, fields), **call)
         taken.note(told.body)
         return told
 
     async def _deduct(self, record: Record, **call: Any) -> Told:
         reply = await self._ask(lambda: self.contract.deduction(record), **call)
-        answer = _read(lambda: self.contract.read_deduction(record, reply))
+        answer = as_read(lambda: self.contract.read_deduction(record, reply))
         if isinstance(answer, Deducted):
             self._deductions[answer.transaction_id] = record
         return _deduction(answer, reply, record.amount_credits)
@@ -132,16 +132,16 @@ class MappedBench(Bench):
             key=key,
         )
         reply = await self._ask(lambda: self.contract.refund(record), **call)
-        return _refund(_read(lambda: self.contract.read_refund(record, reply)), reply, amount)
+        return _refund(as_read(lambda: self.contract.read_refund(record, reply)), reply, amount)
 
     async def void(self, key: str, *, account: Account | None = None, **more: Any) -> Told:
         """What `read_void` makes of it; without a call where the contract makes none."""
         call, _ = split(more)
-        record = _record(account or self.account, key, 1, {})
+        record = record_of(account or self.account, key, 1, {})
         if "voids" in self.lacks:
             return _void(NoVoid(), Reply(404, {}, None))
         reply = await self._ask(lambda: self.contract.void(record), **call)
-        return _void(_read(lambda: self.contract.read_void(record, reply)), reply)
+        return _void(as_read(lambda: self.contract.read_void(record, reply)), reply)
 
     async def batch(self, operations: Sequence[Mapping[str, Any]], **call: Any) -> Reply:
         """Not through a mapping."""
@@ -150,7 +150,7 @@ class MappedBench(Bench):
     async def ask_balance(self, **call: Any) -> Told:
         """What `read_balance` makes of it."""
         reply = await self._ask(lambda: self.contract.balance(self.account), **call)
-        balance = _read(lambda: self.contract.read_balance(reply))
+        balance = as_read(lambda: self.contract.read_balance(reply))
         if balance is None:
             return Told(_refusal(reply), reply.headers, None, Unanswered("no balance"), reply.status)
         return Told(200, {}, {"balance": balance}, balance, reply.status)
@@ -159,7 +159,7 @@ class MappedBench(Bench):
         """What `read_transactions` makes of one page."""
         tenant_id, user_id = self.account.tenant_id, self.account.user_id
         reply = await self._ask(lambda: self.contract.transactions(tenant_id, user_id, cursor, limit), **call)
-        page = _read(lambda: self.contract.read_transactions(reply))
+        page = as_read(lambda: self.contract.read_transactions(reply))
         if page is None:
             return Told(_refusal(reply), reply.headers, None, Unanswered("no transactions"), reply.status)
         return Told(200, {}, {"items": list(page.items), "next_cursor": page.next_cursor}, page, reply.status)
@@ -170,20 +170,20 @@ class MappedBench(Bench):
         Raises:
             Broken: There is a page that is none, or no end of pages.
         """
-        record, cursor = _record(self.account, key, 1, {}), None
+        record, cursor = record_of(self.account, key, 1, {}), None
         for _ in range(MAX_PAGES):
             told = await self.transactions(limit, cursor)
             if not isinstance(told.answer, Page):
                 raise Broken(f"the list of transactions was answered {told}")
             page = told.answer
-            answer = _read(partial(self.contract.find, record, page))
+            answer = as_read(partial(self.contract.find, record, page))
             cursor = page.next_cursor
             if not isinstance(answer, NotFound) or cursor is None:
                 return answer
         raise Broken(f"the list of transactions had no end after {MAX_PAGES} pages")
 
     async def _ask(self, build: Callable[[], Call | None], **more: Any) -> Reply:
-        call = _read(build)
+        call = as_read(build)
         if call is None:
             raise Broken("the mapping makes this call, and then again it does not")
         headers = {**(call.headers or {}), **(more.pop("headers", None) or {})}
@@ -191,21 +191,21 @@ class MappedBench(Bench):
         return await self.call(call.method, call.path, call.body, call.key, params=params, headers=headers, **more)
 
     async def _deduct_again(self, taken: Taken, key: str) -> Reply:
-        return await self._deduct(_record(taken.account, key, taken.amount, {}))
+        return await self._deduct(record_of(taken.account, key, taken.amount, {}))
 
 
 def lacks(contract: Contract) -> frozenset[str]:
     """What the contract says that its service has not: `voids`, `batch`, `transactions`."""
-    record = _record(Account("conformance"), "conformance", 1, {})
+    record = record_of(Account("conformance"), "conformance", 1, {})
     there = {
-        "voids": _read(lambda: contract.void(record)) is not None,
+        "voids": as_read(lambda: contract.void(record)) is not None,
         "batch": contract.batches,
-        "transactions": _read(lambda: contract.transactions("conformance", None, None, 1)) is not None,
+        "transactions": as_read(lambda: contract.transactions("conformance", None, None, 1)) is not None,
     }
     return frozenset(name for name, has in there.items() if not has)
 
 
-def _record(account: Account, key: str, amount: int, fields: Mapping[str, Any]) -> Record:
+def record_of(account: Account, key: str, amount: int, fields: Mapping[str, Any]) -> Record:
     return Record(
         id=key,
         account=account,
@@ -217,7 +217,7 @@ def _record(account: Account, key: str, amount: int, fields: Mapping[str, Any]) 
     )
 
 
-def _read(ask: Callable[[], T]) -> T:
+def as_read(ask: Callable[[], T]) -> T:
     """What the mapping returns.
 
     Raises:

@@ -4,9 +4,10 @@ What only the credits API itself has (its problems, batches, limits of fields) i
 """
 
 from dataclasses import replace
+from functools import partial
 from uuid import uuid4
 
-from metered_billing.charge import Declined, Found, Refunded, Refused, Unanswered
+from metered_billing.charge import Account, Declined, Found, Refunded, Refused, Unanswered
 from metered_billing.conformance.bench import Bench, Broken, Lost, NotTried
 from metered_billing.conformance.checks import (
     CHECKS,
@@ -19,7 +20,7 @@ from metered_billing.conformance.checks import (
     replay_when_spent,
     taken,
 )
-from metered_billing.conformance.mapped import MappedBench, lacks, mapped
+from metered_billing.conformance.mapped import MappedBench, as_read, lacks, mapped, record_of
 from metered_billing.credits.contract import Contract
 
 AS_THEY_ARE = {
@@ -64,6 +65,8 @@ def checks_of(contract: Contract) -> list[Check]:
             found.append(other[check.name])
         elif check.name in AS_THEY_ARE and check.group not in without:
             found.append(check)
+        if check.name == "pool-and-users-apart":
+            found.append(_IDS_QUOTED)
     return found
 
 
@@ -259,9 +262,17 @@ async def _refund_replay_is_read(bench: MappedBench) -> None:
 
 @mapped
 async def _unknown_refund_is_refused(bench: MappedBench) -> None:
-    told = await bench.refund(str(uuid4()), 1, bench.new_key())
+    transaction = taken(await bench.deduct(1, bench.new_key()), 1)
+    told = await bench.refund(_unknown_like(transaction), 1, bench.new_key())
     if not isinstance(told.answer, Refused):
         raise Broken(f"it was answered {told}")
+
+
+def _unknown_like(transaction: str) -> str:
+    """The id of a transaction that there is not: where they are numbers one that they have not come to."""
+    if not (transaction.isascii() and transaction.isdigit()):
+        return str(uuid4())
+    return str(2**31 - 1 if int(transaction) < 2**31 - 1 else 2**63 - 1)
 
 
 @mapped
@@ -270,3 +281,36 @@ async def _any_language(bench: MappedBench) -> None:
     transaction = taken(await bench.deduct(10, bench.new_key(), request_id=long, metadata={"größe": long}), 10)
     given(await bench.refund(transaction, 2, bench.new_key(), reason=long, items=[long]), 2)
     await holds(bench, before - 8)
+
+
+@mapped
+async def _ids_are_quoted(bench: MappedBench) -> None:
+    usual, odd = (Account(f"tenant{more}", f"user{more}") for more in ("", "/%41?#"))
+    deduction = partial(record_of, key="key", amount=1, fields={})
+    for what, ask in (
+        ("deduction", lambda account: bench.contract.deduction(deduction(account))),
+        ("balance", bench.contract.balance),
+    ):
+        try:
+            known = as_read(partial(ask, usual)).path
+        except Broken as why:
+            raise NotTried(f"for an account that there is not, {why}") from None
+        try:
+            path = as_read(partial(ask, odd)).path
+        except Broken:
+            continue  # such ids are refused
+        if any(path.count(mark) > known.count(mark) for mark in ("/", "%41", "?", "#")):
+            raise Broken(f"the path of a {what} for the user {odd.user_id} is {path}")
+
+
+_IDS_QUOTED = Check(
+    "ids-quoted",
+    "required",
+    8,
+    True,
+    tried="calls for a tenant and a user whose ids contain /, %, ? and #, without sending them",
+    expected='where the path has an id, it is quoted: `urllib.parse.quote(id, safe="")`',
+    without=DO_NOT + "Whoever is called `ann/` and so on would pay with the credits of `ann`.",
+    run=_ids_are_quoted,
+)
+"""Of mappings alone: the credits API has no ids of accounts in its paths."""

@@ -219,6 +219,10 @@ async def test_failed_assertion_tells_the_story(billing: Billing) -> None:
         billing.assert_not_charged("acme")
     with pytest.raises(AssertionError, match="acme / ann should have been charged 1 x"):
         billing.assert_charged("acme", "ann", kept=8, refunded=2)
+    with pytest.raises(
+        AssertionError, match=r"(?s)acmee \(shared .* 0 x, .*\n\nacme \(shared pool\), in the service's"
+    ):
+        billing.assert_charged("acmee", kept=8, refunded=2)  # the account that was meant is there to be seen
 
 
 async def test_what_moves_behind_the_apps_back_is_found(billing: Billing) -> None:

@@ -189,7 +189,10 @@ class Apps:
             vars(middleware)["biller"] = biller
 
         if isinstance(vars(MeteredBillingMiddleware).get("biller"), property):
-            raise RuntimeError("one of billing, billing_service and billing_server at a time: an app has one service")
+            raise RuntimeError(
+                "one of billing, billing_service and billing_server at a time: an app has one service. Another is open:"
+                " this test's, or that of a fixture with a wider scope"
+            )
         with mock.patch.object(MeteredBillingMiddleware, "biller", property(get, put), create=True):
             try:
                 yield

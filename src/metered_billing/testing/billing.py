@@ -184,8 +184,11 @@ class Billing:
             self._fail("nobody met what was to go wrong:" + "".join(f"\n  - {each}" for each in left))
 
     def story(self, tenant_id: str | None = None) -> str:
-        """What there is to tell of a tenant's accounts, or of all: entries, calls, and what is unsettled."""
-        entries = self._all_entries(None if tenant_id is None else [tenant_id])
+        """What there is to tell of a tenant's accounts, or of all: entries, calls, and what is unsettled.
+
+        Of a tenant without entries there is nothing to tell: it may be another that was meant.
+        """
+        entries = (self._all_entries([tenant_id]) if tenant_id is not None else []) or self._all_entries()
         return story(entries, self._wire.calls, self._apps.records(unsettled=True), self._wire.plan.remaining())
 
     async def aclose(self) -> None:

@@ -612,7 +612,7 @@ class TestLoops:
         """After `shutdown_asyncgens`, on a loop that goes on, it begins anew."""
         async with connected(say_yes) as (credits_, server):
             assert await credits_.deduct(record()) == DEDUCTED
-            await credits_._loops[asyncio.get_running_loop()].connections.aclose()
+            await credits_._sender._loops[asyncio.get_running_loop()].aclose()
 
             assert await credits_.deduct(record()) == DEDUCTED
             assert await credits_.deduct(record()) == DEDUCTED

@@ -40,6 +40,7 @@ from metered_billing.credits import contract, http
 from metered_billing.credits.contract import Contract, Reply
 from metered_billing.credits.http import HttpCredits
 from metered_billing.credits.line import Line
+from metered_billing.credits.sender import Sender, Silence
 from metered_billing.errors import InsufficientCredits
 from metered_billing.journal import lock, sqlite
 from metered_billing.journal.sqlite import SqliteJournal
@@ -87,14 +88,14 @@ def variant(patch: Callable[[], Iterator[None]]) -> Patch:
 @variant
 def new_key_per_retry() -> Iterator[None]:
     """All attempts at a deduction go under its one key."""
-    attempt = HttpCredits._attempt
+    attempt = Sender._attempt
 
     async def broken(self: Any, call: Any, timeout_s: float, operation: str, resend: int, *args: Any) -> Any:
         if operation == "deduct" and resend:
             call = replace(call, key=f"{call.key}-{resend}")
         return await attempt(self, call, timeout_s, operation, resend, *args)
 
-    with replaced(HttpCredits, "_attempt", broken):
+    with replaced(Sender, "_attempt", broken):
         yield
 
 
@@ -121,13 +122,13 @@ def reset_is_not_sent() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silences(not_sent: Callable[[Any], bool]) -> Iterator[None]:
-    attempt = HttpCredits._attempt
+    attempt = Sender._attempt
 
     async def broken(self: Any, *args: Any) -> Any:
         outcome = await attempt(self, *args)
         return replace(outcome, sent=False) if not isinstance(outcome, Reply) and not_sent(outcome) else outcome
 
-    with replaced(HttpCredits, "_attempt", broken):
+    with replaced(Sender, "_attempt", broken):
         yield
 
 
@@ -177,7 +178,7 @@ def stray_404_to_a_batch_is_not_sent() -> Iterator[None]:
 
     def broken(self: Any, outcome: Any, size: int) -> Any:
         found = shares(self, outcome, size)
-        return [http._Silence("no batches", sent=False) if isinstance(each, http._NoBatch) else each for each in found]
+        return [Silence("no batches", sent=False) if isinstance(each, http._NoBatch) else each for each in found]
 
     with replaced(HttpCredits, "_shares", broken):
         yield

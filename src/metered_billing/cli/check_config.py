@@ -23,7 +23,8 @@ from metered_billing.cli.failure import Failure
 from metered_billing.cli.options import ContractName, load_contract, open_reader
 from metered_billing.commits import ConnectionLost
 from metered_billing.credits.contract import Contract, Reply, read_json
-from metered_billing.credits.http import HttpCredits, checked_header
+from metered_billing.credits.http import HttpCredits
+from metered_billing.credits.token import checked_header
 from metered_billing.journal import JournalError
 from metered_billing.ledger.places import POSTGRES, sqlite_path
 from metered_billing.runtime import Runtime

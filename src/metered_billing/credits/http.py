@@ -1,4 +1,7 @@
-"""Credits over HTTP: retry(breaker(attempt)), and a line in which operations gather while a call is in flight.
+"""Credits over HTTP: what to ask, how often, and what the answers mean.
+
+One call is `sender`'s: breaker, token, connection. What is here is around it: retry(line(call)), where the line is
+what operations gather in while a call is in flight.
 
 A deduction is tried a few times under its one key within a deadline, since a request waits for it. A refund
 or a void is tried once a call: the biller comes back with it, for ever. First attempts stand in line, and go
@@ -7,13 +10,9 @@ happens, the answer is a value, and it never says "not sent" of something that m
 """
 
 import asyncio
-import contextlib
-import json
 import math
-import re
-import ssl
 import weakref
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -22,7 +21,6 @@ import tenacity
 from opentelemetry import trace
 from opentelemetry.trace import Span
 from pydantic import SecretStr
-from pydantic_core import to_json
 
 from metered_billing import names
 from metered_billing.charge import (
@@ -42,13 +40,13 @@ from metered_billing.charge import (
     VoidAnswer,
     after_unknown,
 )
-from metered_billing.credits.breaker import Breaker, Open, RetryBudget
-from metered_billing.credits.connections import NEVER_SENT, Connections, CoreWire, LentWire, Outgoing, Wire
-from metered_billing.credits.contract import Call, Contract, Reply, read_json, retry_after_s
+from metered_billing.credits.breaker import RetryBudget
+from metered_billing.credits.contract import Call, Contract, Reply, retry_after_s
 from metered_billing.credits.line import ALONE, Line, Waiting
-from metered_billing.credits.token import VISIBLE, TokenSource, checked_token
+from metered_billing.credits.sender import CIRCUIT_OPEN, Sender, Silence, encode
+from metered_billing.credits.token import TokenSource, checked_header
 from metered_billing.runtime import Runtime
-from metered_billing.telemetry import Telemetry, propagate, traceparent_of
+from metered_billing.telemetry import Telemetry, traceparent_of
 
 T = TypeVar("T")
 
@@ -66,34 +64,9 @@ UNDOING_AT_ONCE = 1
 GROUP = 1000
 """The most operations that one call carries."""
 
-_CIRCUIT_OPEN = "circuit open"
-
 _CROWDED = "too many are waiting for the credits service"
 _LATE = "waited too long for the credits service"
-_FINAL = (_CIRCUIT_OPEN, _CROWDED, _LATE)
-
-_UNREADABLE = "the token cannot be read"
-_OURS = ("PoolTimeout", _UNREADABLE)
-"""Our own trouble, not the service's fault."""
-
-_HEADERS = (
-    (b"Accept", b"application/json, application/problem+json"),
-    (b"Accept-Encoding", b"identity"),
-    (b"User-Agent", b"metered-billing"),
-)
-
-_encode_ascii = json.JSONEncoder(separators=(",", ":")).encode
-
-_HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-
-
-@dataclass(frozen=True, slots=True)
-class _Silence:
-    """No HTTP answer. `sent` is False only where no connection existed."""
-
-    reason: str
-    sent: bool
-    retry_after_s: float | None = None
+_FINAL = (CIRCUIT_OPEN, _CROWDED, _LATE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +105,9 @@ class _Attempt:
 
 
 @dataclass(frozen=True, slots=True)
-class _Here:
-    """What belongs to one event loop."""
+class _Lines:
+    """Who waits on one event loop: neither holds up the other."""
 
-    connections: Connections
     deductions: Line
     undoing: Line
 
@@ -185,18 +157,6 @@ class HttpCredits:
         runtime: Runtime | None = None,
         telemetry: Telemetry | None = None,
     ) -> None:
-        self._url = _checked_url(url)
-        self._prefix = self._url.raw_path.rstrip(b"/")
-        # As telemetry has them; what parses a URL anew for each of its parts is slow.
-        self._server = f"{self._url.scheme}://{self._url.netloc.decode('ascii')}"
-        self._host = self._url.host
-        self._port = self._url.port or (443 if self._url.scheme == "https" else 80)
-        self._token: SecretStr | None = None
-        self._tokens: TokenSource | None = None
-        if token is None or isinstance(token, str | SecretStr):
-            self._token = checked_token(token)
-        else:
-            self._tokens = token
         numbers = (timeout_s, attempt_timeout_s, attempts, breaker_failures, breaker_reset_s)
         if not all(0 < number < math.inf for number in (*numbers, max_connections, max_waiting)):
             raise ValueError("timeouts, attempts, lengths and the breaker's numbers must be above 0, and finite")
@@ -205,23 +165,26 @@ class HttpCredits:
         # In line: enough must be left for a call of its own.
         self._patience_s = timeout_s - min(attempt_timeout_s, timeout_s) / 2
         self._contract = contract or Contract()
-        self._auth_header = checked_header(self._contract.auth_header, self._contract.auth_scheme)
-        self._transport = transport
-        self._wire: Callable[[httpx.URL, ssl.SSLContext], Wire] = _lean_wire() if lean else CoreWire
-        # Made once, for with certificates it takes 40 ms; those of SSL_CERT_FILE or SSL_CERT_DIR, where it is set.
-        self._tls = httpx.create_ssl_context(verify=self._url.scheme == "https")
-        self._max_connections = max_connections
+        self._runtime = runtime or Runtime()
+        self._telemetry = telemetry or Telemetry()
+        self._sender = Sender(
+            url,
+            token=token,
+            auth_header=checked_header(self._contract.auth_header, self._contract.auth_scheme),
+            breaker_failures=breaker_failures,
+            breaker_reset_s=breaker_reset_s,
+            transport=transport,
+            lean=lean,
+            max_connections=max_connections,
+            runtime=self._runtime,
+            telemetry=self._telemetry,
+        )
         self._max_waiting = max_waiting
         self._deductions_at_once = DEDUCTIONS_AT_ONCE
         self._batches = batching and self._contract.batches
         self._batch_was_answered = False
-        self._runtime = runtime or Runtime()
-        self._telemetry = telemetry or Telemetry()
-        self._breaker = Breaker(
-            breaker_failures, breaker_reset_s, self._runtime.monotonic, self._telemetry.breaker_changed
-        )
         self._budget = RetryBudget()
-        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Here] = weakref.WeakKeyDictionary()
+        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Lines] = weakref.WeakKeyDictionary()
         # Copied for every call: a shared one keeps its state on itself, and concurrent users of it
         # run successful calls twice.
         self._retrying = tenacity.AsyncRetrying(
@@ -234,7 +197,7 @@ class HttpCredits:
 
     @property
     def realm(self) -> str:
-        return str(self._url).rstrip("/")
+        return self._sender.realm
 
     @property
     def remembers_declines(self) -> bool:
@@ -242,8 +205,8 @@ class HttpCredits:
 
     async def start(self) -> None:
         """Asks nothing of the service: one that is down must not keep the app from starting."""
-        self._telemetry.breaker_is(self._breaker.state)
-        await self._open()  # here and now, so that what goes in groups is in no request's context
+        await self._sender.open()
+        self._lines()  # here and now, so that what goes in groups is in no request's context
 
     async def deduct(self, record: Record) -> DeductAnswer:
         """Take the credits, in up to `attempts` attempts within `timeout_s`."""
@@ -255,7 +218,7 @@ class HttpCredits:
             doubt: str | None = None
             if isinstance(outcome, _NoBatch):
                 doubt = outcome.reason
-                outcome = await self._send(call, self._left_s(deadline), "deduct", 0)
+                outcome = await self._sender.send(call, self._left_s(deadline), "deduct", 0)
             result = self._read(record, outcome)
             if isinstance(result.answer, Unknown):
                 doubt = doubt or result.answer.reason
@@ -279,11 +242,11 @@ class HttpCredits:
 
     async def aclose(self) -> None:
         """Close this event loop's connections; those that are in use as soon as they have their answer."""
-        here = self._loops.pop(asyncio.get_running_loop(), None)
-        if here is not None:
-            await here.deductions.aclose()
-            await here.undoing.aclose()
-            await here.connections.aclose()
+        lines = self._loops.pop(asyncio.get_running_loop(), None)
+        if lines is not None:
+            await lines.deductions.aclose()
+            await lines.undoing.aclose()
+        await self._sender.aclose()
 
     async def _answered(self, record: Record, work: Coroutine[Any, Any, T]) -> T | Unanswered:
         """What `work` answers."""
@@ -310,7 +273,7 @@ class HttpCredits:
             number += 1
             if number == 1:
                 return first
-            result = self._read(record, await self._send(call, self._left_s(deadline), "deduct", number - 1))
+            result = self._read(record, await self._sender.send(call, self._left_s(deadline), "deduct", number - 1))
             if isinstance(result.answer, Unknown) and doubt is None:
                 doubt = result.answer.reason
             return result
@@ -319,7 +282,7 @@ class HttpCredits:
             return (
                 state.attempt_number >= self._attempts
                 or self._runtime.monotonic() + state.upcoming_sleep >= deadline
-                or self._breaker.remaining_s() > state.upcoming_sleep
+                or self._sender.blocked_s() > state.upcoming_sleep
                 or not self._budget.take()
             )
 
@@ -328,7 +291,7 @@ class HttpCredits:
 
     async def _refund(self, record: Record) -> RefundAnswer:
         outcome = await self._undo("refund", record, self._contract.refund(record))
-        if isinstance(outcome, _Silence):
+        if isinstance(outcome, Silence):
             return _unanswered(outcome)
         return self._with_patience(outcome, self._contract.read_refund(record, outcome))
 
@@ -337,16 +300,16 @@ class HttpCredits:
         if call is None:
             return NoVoid()
         outcome = await self._undo("void", record, call)
-        if isinstance(outcome, _Silence):
+        if isinstance(outcome, Silence):
             return _unanswered(outcome)
         return self._with_patience(outcome, self._contract.read_void(record, outcome))
 
-    async def _undo(self, operation: str, record: Record, call: Call) -> Reply | _Silence:
+    async def _undo(self, operation: str, record: Record, call: Call) -> Reply | Silence:
         if record.tries == 0:
             outcome = await self._first(_Asked(operation, record, call, math.inf, trace.get_current_span()))
             if not isinstance(outcome, _NoBatch):
                 return outcome
-        return await self._send(call, self._attempt_timeout_s, operation, record.tries)
+        return await self._sender.send(call, self._attempt_timeout_s, operation, record.tries)
 
     async def _find(self, record: Record) -> FindAnswer:
         account, cursor = record.account, None
@@ -355,8 +318,8 @@ class HttpCredits:
             call = self._contract.transactions(account.tenant_id, account.user_id, cursor, PAGE)
             if call is None:
                 return NoLookup()
-            outcome = await self._send(call, self._attempt_timeout_s, "find", 0)
-            if isinstance(outcome, _Silence):
+            outcome = await self._sender.send(call, self._attempt_timeout_s, "find", 0)
+            if isinstance(outcome, Silence):
                 return _unanswered(outcome)
             page = self._contract.read_transactions(outcome)
             if page is None:
@@ -372,18 +335,18 @@ class HttpCredits:
 
     # In line, for the first attempt.
 
-    async def _first(self, asked: _Asked) -> Reply | _Silence | _NoBatch:
+    async def _first(self, asked: _Asked) -> Reply | Silence | _NoBatch:
         """Make the call when it is its turn, or hear what came of the call that it was part of."""
         if not self._batches:
-            return await self._send(asked.call, self._left_s(asked.deadline), asked.operation, 0)
-        blocked_s = self._breaker.remaining_s()
+            return await self._sender.send(asked.call, self._left_s(asked.deadline), asked.operation, 0)
+        blocked_s = self._sender.blocked_s()
         if blocked_s > 0:
-            return _Silence(_CIRCUIT_OPEN, sent=False, retry_after_s=blocked_s)
-        here = self._here() or await self._open()
-        line, account = here.deductions if asked.operation == "deduct" else here.undoing, asked.record.account
+            return Silence(CIRCUIT_OPEN, sent=False, retry_after_s=blocked_s)
+        lines, account = self._lines(), asked.record.account
+        line = lines.deductions if asked.operation == "deduct" else lines.undoing
         if not line.has_room(account):
             self._telemetry.crowded_out()
-            return _Silence(_CROWDED, sent=False, retry_after_s=1.0)
+            return Silence(_CROWDED, sent=False, retry_after_s=1.0)
         waiting = line.join(asked, account, _weight(asked), self._patience_s)
         try:
             outcome = await waiting.told
@@ -394,7 +357,7 @@ class HttpCredits:
         if outcome is not ALONE:
             return outcome  # type: ignore[no-any-return]
         try:
-            return await self._send(asked.call, self._left_s(asked.deadline), asked.operation, 0)
+            return await self._sender.send(asked.call, self._left_s(asked.deadline), asked.operation, 0)
         finally:
             line.leave()
 
@@ -413,7 +376,7 @@ class HttpCredits:
                 traceparent = traceparent_of(asked.span)
                 if traceparent is not None:
                     operation["traceparent"] = traceparent
-                operations.append(_encode(operation))
+                operations.append(encode(operation))
             except Exception as error:
                 waiting.fail(error)
             else:
@@ -423,7 +386,7 @@ class HttpCredits:
         path, content = self._contract.batch(operations)
         now = self._runtime.monotonic()
         timeout_s = min(self._attempt_timeout_s, max(waiting.asked.deadline for waiting in sent) - now)
-        late = _Silence("TimeoutError", sent=True)
+        late = Silence("TimeoutError", sent=True)
         hurried = [
             asyncio.get_running_loop().call_later(waiting.asked.deadline - now, waiting.tell, late)
             for waiting in sent
@@ -431,16 +394,16 @@ class HttpCredits:
         ]
         try:
             spans = [waiting.asked.span for waiting in sent]
-            outcome = await self._send(Call("POST", path), timeout_s, "batch", 0, content, spans)
+            outcome = await self._sender.send(Call("POST", path), timeout_s, "batch", 0, content, spans)
         finally:
             for timer in hurried:
                 timer.cancel()
         for waiting, each in zip(sent, self._shares(outcome, len(sent)), strict=True):
             waiting.tell(each)
 
-    def _shares(self, outcome: Reply | _Silence, size: int) -> Sequence[Reply | _Silence | _NoBatch]:
+    def _shares(self, outcome: Reply | Silence, size: int) -> Sequence[Reply | Silence | _NoBatch]:
         """What came of each of a group, given what came of its call."""
-        if isinstance(outcome, _Silence):
+        if isinstance(outcome, Silence):
             return [outcome] * size
         replies = self._contract.read_batch(outcome, size)
         if replies is not None:
@@ -450,7 +413,7 @@ class HttpCredits:
                 (each.status for each in shares if isinstance(each, Reply) and each.status in (401, 403)), 0
             )
             if rejected:
-                self._telemetry.log(names.LOG_REJECTED, status=rejected, server=self._host)
+                self._sender.rejected(rejected)
             return shares
         if outcome.status in (404, 405, 501):
             # One that had batches a moment ago still has: then it is a deployment, or a proxy.
@@ -458,167 +421,42 @@ class HttpCredits:
             return [_NoBatch(f"a batch was answered {outcome}")] * size
         if outcome.status >= 500 or outcome.status in (401, 403, 408, 425, 429):
             return [outcome] * size
-        return [_Silence(f"a batch was answered {outcome}", sent=True)] * size
+        return [Silence(f"a batch was answered {outcome}", sent=True)] * size
 
-    def _share(self, outcome: Reply, reply: Reply | None) -> Reply | _Silence | _NoBatch:
+    def _share(self, outcome: Reply, reply: Reply | None) -> Reply | Silence | _NoBatch:
         if reply is None:
-            return _Silence("broken result in a batch", sent=True)
-        if reply.status == 401 and self._tokens is not None:
+            return Silence("broken result in a batch", sent=True)
+        if reply.status == 401 and self._sender.rotates:
             return _NoBatch(str(reply))  # by itself it gets the other token, where there is one
         reply.doubt = outcome.doubt
         return reply
 
-    # One attempt.
-
-    async def _send(
-        self,
-        call: Call,
-        timeout_s: float,
-        operation: str,
-        resend: int,
-        content: bytes | None = None,
-        batched: Sequence[Span] = (),
-    ) -> Reply | _Silence:
-        """Send once, if the breaker lets it through."""
-        if timeout_s <= 0:  # overslept
-            return _Silence("out of time", sent=False)
-        admitted = self._breaker.admit()
-        if isinstance(admitted, Open):
-            return _Silence(_CIRCUIT_OPEN, sent=False, retry_after_s=admitted.retry_after_s)
-        failed: bool | None = None
-        try:
-            outcome = await self._authorized(call, timeout_s, operation, resend, content, batched)
-            if isinstance(outcome, Reply):
-                # 501 is an answer: a service without voids gives it to every void.
-                failed = outcome.status >= 500 and outcome.status != 501
-            elif outcome.reason not in _OURS:
-                failed = True
-            return outcome
-        finally:
-            self._breaker.report(admitted, failed)
-
-    async def _authorized(
-        self, call: Call, timeout_s: float, operation: str, resend: int, content: bytes | None, batched: Sequence[Span]
-    ) -> Reply | _Silence:
-        """Send it with the token, and at once again where that was rejected and there is another by now."""
-        ends, token = self._runtime.monotonic() + timeout_s, self._token
-        if self._tokens is not None:
-            token = self._tokens.held()
-            if token is None:
-                token = await self._another_token(self._tokens, None, ends)
-                timeout_s = ends - self._runtime.monotonic()
-            if token is None or timeout_s <= 0:
-                return _Silence(_UNREADABLE, sent=False)
-        outcome = await self._attempt(call, timeout_s, operation, resend, content, batched, token)
-        if self._tokens is not None and isinstance(outcome, Reply) and outcome.status == 401:
-            token = await self._another_token(self._tokens, token, ends)
-            timeout_s = ends - self._runtime.monotonic()
-            if token is not None and timeout_s > 0:
-                again = await self._attempt(call, timeout_s, operation, resend + 1, content, batched, token)
-                outcome = _after_rejection(outcome, again)
-        if isinstance(outcome, Reply) and outcome.status in (401, 403):
-            self._telemetry.log(names.LOG_REJECTED, status=outcome.status, server=self._host)
-        return outcome
-
-    async def _another_token(self, tokens: TokenSource, rejected: SecretStr | None, ends: float) -> SecretStr | None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(ends - self._runtime.monotonic()):
-                return await tokens.another_than(rejected)
-        return None
-
-    async def _attempt(
-        self,
-        call: Call,
-        timeout_s: float,
-        operation: str,
-        resend: int,
-        content: bytes | None,
-        batched: Sequence[Span],
-        token: SecretStr | None,
-    ) -> Reply | _Silence:
-        target = self._prefix + call.path.encode("ascii")
-        url = self._server + target.decode("ascii")
-        if call.params:
-            target += b"?" + str(httpx.QueryParams(call.params)).encode("ascii")
-        if content is None and call.body is not None:
-            content = _encode(call.body)
-        here = self._here() or await self._open()
-        with self._telemetry.attempt(call.method, url, self._host, self._port, resend, operation, batched) as span:
-            try:
-                # The engine's own timeouts are for each read and write: a trickling reply outlasts them all.
-                async with asyncio.timeout(timeout_s) as whole, here.connections.one(timeout_s / 2) as wire:
-                    left_s = (whole.when() or 0.0) - asyncio.get_running_loop().time()
-                    # Connecting gives up before the whole attempt does: only then is it known not to be sent.
-                    received = await wire.send(
-                        Outgoing(call.method, target, self._headers(call, content, token), content, left_s * 0.9)
-                    )
-            except NEVER_SENT as error:
-                span.failed(type(error).__name__)
-                return _Silence(type(error).__name__, sent=False)
-            except Exception as error:
-                # Whatever it is, the request may have gone out: a stale connection and a service that
-                # commits and then closes look the same.
-                span.failed(type(error).__name__)
-                return _Silence(type(error).__name__, sent=True)
-            span.span.set_attribute(names.HTTP_STATUS_CODE, received.status)
-            reply = Reply(received.status, received.headers, read_json(received.content))
-            if reply.status >= 400:
-                span.failed(str(reply.status))
-            return reply
-
-    def _headers(self, call: Call, content: bytes | None, token: SecretStr | None) -> list[tuple[bytes, bytes]]:
-        headers = [*_HEADERS]
-        if content is not None:
-            headers.append((b"Content-Type", b"application/json"))
-        if call.key is not None:
-            headers.append((b"Idempotency-Key", call.key.encode("ascii")))
-        if call.headers:
-            headers += [(name.encode("ascii"), value.encode("ascii")) for name, value in call.headers.items()]
-        if token is not None:
-            # In no variable of its own: tracebacks in logs may show those.
-            name, scheme = self._auth_header
-            headers.append((name, scheme + token.get_secret_value().encode("ascii")))
-        carried: dict[str, str] = {}
-        propagate(carried)
-        headers += [(name.encode("ascii"), value.encode("ascii")) for name, value in carried.items()]
-        return headers
-
-    def _here(self) -> _Here | None:
-        """What belongs to this event loop, once it is open."""
-        here = self._loops.get(asyncio.get_running_loop())
-        return None if here is None or here.connections.closed else here
-
-    async def _open(self) -> _Here:
-        here = self._here()
-        if here is None:
+    def _lines(self) -> _Lines:
+        """Who stands in line on this event loop."""
+        loop = asyncio.get_running_loop()
+        lines = self._loops.get(loop)
+        if lines is None:
             for gone in [other for other in list(self._loops) if other.is_closed()]:
                 self._loops.pop(gone, None)  # another thread may have been faster
-            connections = Connections(self._new_wire, self._max_connections, self._runtime.now)
-            lines = (self._line(at_once) for at_once in (self._deductions_at_once, UNDOING_AT_ONCE))
-            here = self._loops[asyncio.get_running_loop()] = _Here(connections, *lines)
-            await connections.open()
-        return here
+            lines = _Lines(self._line(self._deductions_at_once), self._line(UNDOING_AT_ONCE))
+            self._loops[loop] = lines
+        return lines
 
     def _line(self, at_once: int) -> Line:
         return Line(
             self._send_group,
-            late=_Silence(_LATE, sent=False),
-            lost=_Silence("the call was broken off", sent=True),
+            late=Silence(_LATE, sent=False),
+            lost=Silence("the call was broken off", sent=True),
             at_once=at_once,
             group=GROUP,
             waiting=self._max_waiting,
         )
 
-    def _new_wire(self) -> Wire:
-        if self._transport is not None:
-            return LentWire(self._url, self._transport)
-        return self._wire(self._url, self._tls)
-
     # What it means, and whether to try again.
 
-    def _read(self, record: Record, outcome: Reply | _Silence) -> _Attempt:
-        if isinstance(outcome, _Silence):
-            wait_s = outcome.retry_after_s or self._breaker.remaining_s() or None
+    def _read(self, record: Record, outcome: Reply | Silence) -> _Attempt:
+        if isinstance(outcome, Silence):
+            wait_s = outcome.retry_after_s or self._sender.blocked_s() or None
             if not outcome.sent:
                 # The circuit does not close within a request: an open one is not tried again. Nor is more asked
                 # of a service that does not keep up.
@@ -630,7 +468,7 @@ class HttpCredits:
         if not isinstance(answer, Unknown):
             return _Attempt(after_unknown(answer, outcome.doubt) if outcome.doubt else answer, again=False)
         wait_s = retry_after_s(outcome.headers, self._runtime.now())
-        answer = Unknown(answer.reason, wait_s or self._breaker.remaining_s() or None, answer.misconfigured)
+        answer = Unknown(answer.reason, wait_s or self._sender.blocked_s() or None, answer.misconfigured)
         voided = outcome.status == 409 and outcome.problem is not None
         again = not answer.misconfigured and outcome.status not in (401, 403) and not voided
         return _Attempt(answer, again, wait_s)
@@ -647,33 +485,6 @@ class HttpCredits:
         if isinstance(answer, Unanswered):
             return Unanswered(answer.reason, retry_after_s(reply.headers, self._runtime.now()))
         return answer
-
-
-def _lean_wire() -> Callable[[httpx.URL, ssl.SSLContext], Wire]:
-    try:
-        from metered_billing.credits.lean import LeanWire
-    except ImportError as error:
-        raise ImportError("lean=True needs httptools: pip install 'metered-billing[lean]'") from error
-    return LeanWire
-
-
-def _after_rejection(rejected: Reply, outcome: Reply | _Silence) -> Reply | _Silence:
-    """What came of a call whose first copy was answered 401, which is no proof that nothing came of that one."""
-    if rejected.problem is not None:
-        return outcome  # the service itself said so: it did nothing
-    if isinstance(outcome, Reply):
-        outcome.doubt = str(rejected)
-        return outcome
-    return _Silence(f"{rejected}; then {outcome.reason}", sent=True, retry_after_s=outcome.retry_after_s)
-
-
-def _encode(value: Mapping[str, Any]) -> bytes:
-    """As JSON."""
-    try:
-        return to_json(value)
-    except ValueError:
-        # In ASCII, what is no Unicode (a lone surrogate in an exception's text, say) can be sent all the same.
-        return _encode_ascii(value).encode()
 
 
 def _weight(asked: _Asked) -> int:
@@ -702,33 +513,5 @@ def _is_id(value: object) -> bool:
     return isinstance(value, str) and 0 < len(value) <= MAX_ID_LENGTH
 
 
-def _unanswered(silence: _Silence) -> Unanswered:
+def _unanswered(silence: Silence) -> Unanswered:
     return Unanswered(silence.reason, silence.retry_after_s, sent=silence.sent)
-
-
-def _checked_url(url: str) -> httpx.URL:
-    try:
-        parsed = httpx.URL(url)
-    except (httpx.InvalidURL, TypeError):
-        # Not in httpx's own words: they show the part that is wrong, which may be of a password.
-        raise ValueError("the credits URL is not a URL: its host or its port cannot be read") from None
-    if "%20" in parsed.host:
-        raise ValueError("the credits URL must have no spaces in its host")
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ValueError("the credits URL must start with http:// or https:// and name a host")
-    if parsed.port is not None and not 0 < parsed.port < 65_536:
-        raise ValueError("the credits URL has a port that there is not")
-    if parsed.userinfo or parsed.fragment or b"?" in parsed.raw_path:
-        raise ValueError("the credits URL must have no user, no query and no fragment: the token goes into `token`")
-    return parsed
-
-
-def checked_header(name: str, scheme: str) -> tuple[bytes, bytes]:
-    """A header's name, and what stands in its value in front of a token.
-
-    Raises:
-        ValueError: They cannot be sent.
-    """
-    if not _HEADER.fullmatch(name) or not (scheme == "" or VISIBLE.fullmatch(scheme)):
-        raise ValueError("a contract's auth_header must be a header's name, and its auth_scheme a word or empty")
-    return name.encode("ascii"), (f"{scheme} " if scheme else "").encode("ascii")

@@ -32,7 +32,8 @@ MAX_REJECTED_RETRY_S = 60.0
 JITTER = 0.1
 """So that processes that started together do not ask together."""
 
-VISIBLE = re.compile(r"[\x21-\x7e]+")
+_VISIBLE = re.compile(r"[\x21-\x7e]+")
+_HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 
 def checked_token(token: str | SecretStr | None) -> SecretStr | None:
@@ -44,9 +45,20 @@ def checked_token(token: str | SecretStr | None) -> SecretStr | None:
     if token is None:
         return None
     secret = token if isinstance(token, SecretStr) else SecretStr(token)
-    if not VISIBLE.fullmatch(secret.get_secret_value()):
+    if not _VISIBLE.fullmatch(secret.get_secret_value()):
         raise ValueError("the credits token must be visible ASCII without spaces")
     return secret
+
+
+def checked_header(name: str, scheme: str) -> tuple[bytes, bytes]:
+    """A header's name, and what stands in its value in front of a token.
+
+    Raises:
+        ValueError: They cannot be sent.
+    """
+    if not _HEADER.fullmatch(name) or not (scheme == "" or _VISIBLE.fullmatch(scheme)):
+        raise ValueError("a contract's auth_header must be a header's name, and its auth_scheme a word or empty")
+    return name.encode("ascii"), (f"{scheme} " if scheme else "").encode("ascii")
 
 
 class TokenSource(Protocol):

@@ -55,7 +55,7 @@ def _wait_until_well(process: subprocess.Popen[str], url: str) -> None:
     deadline = time.monotonic() + 30
     while True:
         try:
-            if httpx.get(f"{url}/healthz", trust_env=False).is_success:
+            if httpx.get(f"{url}/healthz", trust_env=False, verify=False).is_success:
                 return
         except httpx.TransportError:
             if time.monotonic() > deadline or process.poll() is not None:

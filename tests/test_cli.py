@@ -34,7 +34,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def call(url: str, path: str, key: str, **body: Any) -> dict[str, Any]:
     headers = {**ADMIN, "Idempotency-Key": key}
-    response = httpx.post(f"{url}{path}", json=body, headers=headers, trust_env=False)
+    response = httpx.post(f"{url}{path}", json=body, headers=headers, trust_env=False, verify=False)
     assert response.is_success, response.text
     answer: dict[str, Any] = response.json()
     return answer

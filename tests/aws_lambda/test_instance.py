@@ -114,7 +114,9 @@ class Ledger:
     """What the service says."""
 
     def __init__(self, url: str) -> None:
-        self._client = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, trust_env=False)
+        self._client = httpx.Client(
+            base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, trust_env=False, verify=False
+        )
         grant = {"tenant_id": "demo", "user_id": "alice", "amount": GRANTED, "reason": "test"}
         self._client.post("/v1/grants", json=grant, headers={"Idempotency-Key": "grant"}).raise_for_status()
 

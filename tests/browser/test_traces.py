@@ -23,6 +23,7 @@ def fault(demo: Demo, kind: str, calls: str = "next") -> None:
         json={"kind": kind, "calls": calls},
         headers={"X-Demo": "1"},
         trust_env=False,
+        verify=False,
     )
     assert answer.status_code == 200
 
@@ -109,6 +110,7 @@ def test_charge_of_a_killed_app_is_followed_to_where_it_was_settled(
         json={"process": "app", "after_ms": 700},
         headers={"X-Demo": "1"},
         trust_env=False,
+        verify=False,
     ).raise_for_status()
     with pytest.raises(httpx.TransportError):
         send(demo)

@@ -73,7 +73,7 @@ class Storm:
     async def load(self, until: float) -> None:
         """So many clients, one request after the other."""
         url = f"http://127.0.0.1:{self.app.port}"
-        async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False, verify=False) as client:
             await asyncio.gather(*(self._client(client, until) for _ in range(CLIENTS)))
 
     async def _client(self, client: httpx.AsyncClient, until: float) -> None:
@@ -113,7 +113,7 @@ class Storm:
 
     def _books(self) -> httpx.AsyncClient:
         headers = {"Authorization": f"Bearer {ADMIN}"}
-        return httpx.AsyncClient(base_url=self.credits_url, headers=headers, trust_env=False, timeout=30)
+        return httpx.AsyncClient(base_url=self.credits_url, headers=headers, trust_env=False, timeout=30, verify=False)
 
     # Blows.
 

@@ -341,7 +341,7 @@ def service(tmp_path: Path) -> Iterator[str]:
     with start_service(tmp_path) as (_, url):
         grant = {"tenant_id": "acme", "user_id": "ann", "amount": 10_000_000, "reason": "test"}
         headers = {"Authorization": "Bearer admins", "Idempotency-Key": "grant"}
-        assert httpx.post(f"{url}/v1/grants", json=grant, headers=headers, trust_env=False).is_success
+        assert httpx.post(f"{url}/v1/grants", json=grant, headers=headers, trust_env=False, verify=False).is_success
         yield url
 
 
@@ -357,7 +357,7 @@ def test_zero_differences_while_the_app_serves(run: Any, service: str) -> None:
 
     def load(number: int) -> None:
         nonlocal answered
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30, verify=False) as client:
             while not stop.is_set():
                 client.post(f"/work?failed={number}&seconds={0.02 * number}")
                 answered += 1

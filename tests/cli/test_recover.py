@@ -35,7 +35,7 @@ def service(tmp_path: Path) -> Iterator[str]:
     with start_service(tmp_path) as (_, url):
         grant = {"tenant_id": "acme", "user_id": "ann", "amount": 100, "reason": "test"}
         headers = {"Authorization": "Bearer admins", "Idempotency-Key": "grant"}
-        assert httpx.post(f"{url}/v1/grants", json=grant, headers=headers, trust_env=False).is_success
+        assert httpx.post(f"{url}/v1/grants", json=grant, headers=headers, trust_env=False, verify=False).is_success
         yield url
 
 
@@ -56,7 +56,9 @@ def deducted(url: str, record: Record) -> Record:
 def balance(url: str) -> int:
     params = {"tenant_id": "acme", "user_id": "ann"}
     headers = {"Authorization": "Bearer admins"}
-    held: int = httpx.get(f"{url}/v1/balance", params=params, headers=headers, trust_env=False).json()["balance"]
+    held: int = httpx.get(f"{url}/v1/balance", params=params, headers=headers, trust_env=False, verify=False).json()[
+        "balance"
+    ]
     return held
 
 
@@ -224,8 +226,8 @@ class TestRecover:
         )
         headers = {"Authorization": "Bearer admins", "Idempotency-Key": "grant-pool"}
         grant = {"tenant_id": "acme", "amount": 100, "reason": "test"}
-        assert httpx.post(f"{service}/v1/grants", json=grant, headers=headers, trust_env=False).is_success
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=0.5) as client:
+        assert httpx.post(f"{service}/v1/grants", json=grant, headers=headers, trust_env=False, verify=False).is_success
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=0.5, verify=False) as client:
             deadline = time.monotonic() + 60
             while True:
                 try:

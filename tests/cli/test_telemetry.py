@@ -212,9 +212,10 @@ def test_service_sends_its_spans_and_shows_its_metrics(
                 "traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
             },
             trust_env=False,
+            verify=False,
         )
         assert granted.status_code == 201
-        shown = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
+        shown = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False, verify=False).text
         assert 'metered_billing_ledger_operation_duration_seconds_count{metered_billing_operation="grant"' in shown
         assert 'metered_billing_commit_size_count{metered_billing_store="ledger"' in shown
         process.send_signal(signal.SIGTERM)

@@ -197,6 +197,7 @@ def test_app_killed_at_work_is_settled_by_the_next_process(demo: Demo) -> None:
                 headers={"Authorization": "Bearer demo", "traceparent": f"00-{trace_id}-{'b7' * 8}-01"},
                 timeout=60,
                 trust_env=False,
+                verify=False,
             )
         except httpx.TransportError as error:
             lost.append(error)
@@ -230,7 +231,7 @@ def test_app_killed_at_work_is_settled_by_the_next_process(demo: Demo) -> None:
 
 def test_polls_leave_no_traces_and_metrics_are_shown(demo: Demo) -> None:
     """Pages, files, accounts, metrics and the desk itself are asked for all the time: only work is traced."""
-    with httpx.Client(base_url=f"http://127.0.0.1:{demo.port}", trust_env=False) as app:
+    with httpx.Client(base_url=f"http://127.0.0.1:{demo.port}", trust_env=False, verify=False) as app:
         for path in ("/", "/traces", "/pages/style.css", "/samples", "/images/none.png", "/desk/traces", "/desk/state"):
             assert "X-Trace-Id" not in app.get(path).headers
         assert "X-Trace-Id" not in app.get("/me", headers={"Authorization": "Bearer demo"}).headers
@@ -245,7 +246,7 @@ def test_polls_leave_no_traces_and_metrics_are_shown(demo: Demo) -> None:
 
 def test_desk_is_for_this_page_alone(demo: Demo) -> None:
     """No other site can press a switch, or read what the desk knows."""
-    with httpx.Client(base_url=f"http://127.0.0.1:{demo.port}", trust_env=False) as app:
+    with httpx.Client(base_url=f"http://127.0.0.1:{demo.port}", trust_env=False, verify=False) as app:
         assert app.post("/desk/kill", json={"process": "app"}).status_code == 403
         assert app.get("/desk/state", headers={"Host": "evil.example"}).status_code == 421
         assert app.post("/desk/fault", content=b"x" * 100_000, headers={"X-Demo": "1"}).status_code == 413

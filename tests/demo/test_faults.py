@@ -41,7 +41,7 @@ async def proxy_before(service: Service) -> AsyncIterator[tuple[FaultyProxy, htt
     proxy = FaultyProxy(server.sockets[0].getsockname()[1], bound())
     await proxy.service_is(up=True)
     try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{proxy.port}", trust_env=False) as http:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{proxy.port}", trust_env=False, verify=False) as http:
             yield proxy, http
     finally:
         await proxy.stop()

@@ -68,7 +68,7 @@ class Nginx:
         deadline = time.monotonic() + 10
         while True:
             try:
-                httpx.get(f"{self.url}/livez", trust_env=False)
+                httpx.get(f"{self.url}/livez", trust_env=False, verify=False)
                 return
             except httpx.TransportError:
                 if time.monotonic() > deadline or self._process.poll() is not None:

@@ -88,7 +88,7 @@ async def balance() -> int:
 async def ask(method: str, path: str, body: Any = None) -> Any:
     headers = {"Authorization": "Bearer admin", "Idempotency-Key": "grant"}
     url = os.environ["METERED_BILLING_CREDITS"]
-    async with httpx.AsyncClient(base_url=url, headers=headers, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=url, headers=headers, trust_env=False, verify=False) as client:
         return (await client.request(method, path, json=body)).raise_for_status().json()
 
 

@@ -40,7 +40,7 @@ class Process:
         }
         command = ("-m", "uvicorn", "tests.real.app:app", "--port", str(self.port), "--log-level", "warning", *options)
         self.running = await asyncio.create_subprocess_exec(sys.executable, *command, env=environment)
-        async with httpx.AsyncClient() as client, asyncio.timeout(30):
+        async with httpx.AsyncClient(verify=False) as client, asyncio.timeout(30):
             while True:
                 with contextlib.suppress(httpx.TransportError):
                     await client.get(self.url("/up"))
@@ -82,7 +82,7 @@ async def request_in_flight(process: Process, path: str) -> "asyncio.Task[httpx.
     """Begin a request, and wait until its route runs, which is when its credits are gone."""
 
     async def post() -> httpx.Response:
-        async with httpx.AsyncClient(timeout=60) as client:
+        async with httpx.AsyncClient(timeout=60, verify=False) as client:
             return await client.post(process.url(path))
 
     task = asyncio.create_task(post())
@@ -99,7 +99,7 @@ async def lost(task: "asyncio.Task[httpx.Response]") -> None:
 @pytest.mark.parametrize("path", ["/work?good=8", "/sync?good=8", "/stream?good=8"])
 async def test_partial_refund_over_a_real_socket(process: Process, path: str) -> None:
     """Ten deducted, two back, and a shutdown that waits for it."""
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(verify=False) as client:
         response = await client.post(process.url(path))
     assert (response.status_code, response.headers["credits-deducted"]) == (200, "10")
     assert await process.end(signal.SIGTERM) in (0, -signal.SIGTERM)
@@ -129,7 +129,7 @@ async def test_kill_in_the_middle_of_a_request_refunds_all_after_a_restart(proce
 async def test_stream_that_is_left_over_a_real_socket_keeps_what_it_reported(process: Process) -> None:
     """The client hangs up after a few lines."""
     async with (
-        httpx.AsyncClient() as client,
+        httpx.AsyncClient(verify=False) as client,
         client.stream("POST", process.url("/stream?seconds=0.2")) as response,
     ):
         lines = 0
@@ -147,7 +147,7 @@ async def test_stream_that_is_left_over_a_real_socket_keeps_what_it_reported(pro
 async def test_client_that_hangs_up_before_the_answer_pays_nothing(process: Process) -> None:
     """uvicorn does not cancel the route, and its `send` drops what nobody hears: we look."""
     with pytest.raises(httpx.ReadTimeout):
-        async with httpx.AsyncClient(timeout=0.3) as client:
+        async with httpx.AsyncClient(timeout=0.3, verify=False) as client:
             await client.post(process.url("/work?seconds=0.8"))
     await asyncio.sleep(1)
     await process.end(signal.SIGTERM)
@@ -163,7 +163,7 @@ async def test_many_at_once_balance_to_the_credit(process: Process) -> None:
             response = await client.post(process.url(f"/work?good={number % 11}"))
             assert response.status_code == 200
 
-    async with httpx.AsyncClient(timeout=60) as client:
+    async with httpx.AsyncClient(timeout=60, verify=False) as client:
         await asyncio.gather(*(post(client, number) for number in range(300)))
     await process.end(signal.SIGTERM)
     moves = await process.moves()

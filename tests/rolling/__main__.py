@@ -115,7 +115,9 @@ class Rolling:
         # nginx closes idle connections when it is reloaded: on one that is kept, that could cost a request. An ingress
         # controller that learns of endpoints without a reload does not do that.
         limits = httpx.Limits(max_keepalive_connections=0)
-        async with httpx.AsyncClient(base_url=self._nginx.url, timeout=30, trust_env=False, limits=limits) as client:
+        async with httpx.AsyncClient(
+            base_url=self._nginx.url, timeout=30, trust_env=False, limits=limits, verify=False
+        ) as client:
             await asyncio.gather(*(self._client(client) for _ in range(self._clients)))
 
     async def _client(self, client: httpx.AsyncClient) -> None:
@@ -141,7 +143,7 @@ class Rolling:
 
     def _books(self) -> httpx.AsyncClient:
         headers = {"Authorization": f"Bearer {ADMIN}"}
-        return httpx.AsyncClient(base_url=self.credits_url, headers=headers, trust_env=False, timeout=30)
+        return httpx.AsyncClient(base_url=self.credits_url, headers=headers, trust_env=False, timeout=30, verify=False)
 
     # Afterwards.
 

@@ -75,7 +75,7 @@ class Deployment:
         self._watches: list[asyncio.Task[None]] = []
         # One for all, for making one costs more than all its probes. Each has a connection of its own, as a kubelet's.
         limits = httpx.Limits(max_keepalive_connections=0)
-        self._prober = httpx.AsyncClient(trust_env=False, limits=limits)
+        self._prober = httpx.AsyncClient(trust_env=False, limits=limits, verify=False)
 
     @property
     def replicas(self) -> list[Replica]:

@@ -41,7 +41,7 @@ def server() -> Iterator[Server]:
 
 
 def connect(url: str) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=url, headers=ADMIN, trust_env=False, timeout=30)
+    return httpx.AsyncClient(base_url=url, headers=ADMIN, trust_env=False, timeout=30, verify=False)
 
 
 async def grant(client: httpx.AsyncClient) -> None:

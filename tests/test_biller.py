@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from metered_billing.biller import Charge
+from metered_billing.biller import JOURNAL_WITHIN_S, Charge
 from metered_billing.charge import Declined, Event, Record, Reported, State, Unknown
 from metered_billing.errors import BillingError, BillingMisconfigured, CreditsUnavailable, InsufficientCredits
 from metered_billing.journal import JournalError
@@ -252,6 +252,22 @@ def test_journal_that_hangs_before_the_route_is_503_in_time(world: World, where:
 
     with striking(world, Accident("hang", where)):
         world.run(main)
+
+
+def test_disk_that_hangs_before_the_route_is_503_in_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A journal on disk gives a bare future, which has its time limit without a task of its own."""
+
+    async def main() -> None:
+        await world.biller.start()
+        monkeypatch.setattr(world.journal, "open", lambda record: asyncio.get_running_loop().create_future())
+        began = world.time
+        with pytest.raises(CreditsUnavailable):
+            await world.serve()
+        assert JOURNAL_WITHIN_S <= world.time - began < JOURNAL_WITHIN_S + 1
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    assert not world.bank.calls
 
 
 def test_cancelled_request_whose_charge_never_came_on_record_has_lost_it_to_nobody(

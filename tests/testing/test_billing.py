@@ -225,6 +225,13 @@ async def test_failed_assertion_tells_the_story(billing: Billing) -> None:
         billing.assert_charged("acmee", kept=8, refunded=2)  # the account that was meant is there to be seen
 
 
+def test_another_event_loop_is_named_as_the_trouble(billing: Billing) -> None:
+    """On trio nothing of asyncio's runs: here each is started by hand, on no loop at all."""
+    for coroutine in (billing.settled(), billing.client(app).__aenter__()):
+        with pytest.raises(RuntimeError, match='add a fixture `anyio_backend` that returns "asyncio"'):
+            coroutine.send(None)
+
+
 async def test_what_moves_behind_the_apps_back_is_found(billing: Billing) -> None:
     """A deduction that no app has on record, and a refund that none has asked for."""
     billing.grant("acme", 100)

@@ -12,7 +12,7 @@ import httpx
 
 from metered_billing.charge import Account
 from metered_billing.testing.apps import Apps, run
-from metered_billing.testing.client import App, client_of
+from metered_billing.testing.client import App, client_of, needs_asyncio
 from metered_billing.testing.door import Door, Switch
 from metered_billing.testing.entries import Entry, entry_of, totals_of
 from metered_billing.testing.faults import Fault, Operation
@@ -111,6 +111,7 @@ class Billing:
 
         What waits for its next attempt does not wait here. What cannot go through (the service is down, say) is left.
         """
+        needs_asyncio()
         await self._apps.settle(self._wire.plan)
         while late := self._wire.late():
             for fate in late:

@@ -19,6 +19,8 @@ async def client_of(
     headers: Mapping[str, str] | None,
     raise_app_exceptions: bool,
 ) -> AsyncIterator[httpx.AsyncClient]:
+    needs_asyncio()
+
     async def after(_: httpx.Response) -> None:
         await settled()
 
@@ -32,6 +34,19 @@ async def client_of(
         ) as client,
     ):
         yield client
+
+
+def needs_asyncio() -> None:
+    """
+    Raises:
+        RuntimeError: This is another event loop, trio's say, where asyncio's own error would tell nobody why.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        raise RuntimeError(
+            'billing needs asyncio\'s event loop: under anyio, add a fixture `anyio_backend` that returns "asyncio"'
+        ) from None
 
 
 @asynccontextmanager

@@ -87,6 +87,12 @@ def test_settings_cannot_be_changed_and_do_not_show_the_token() -> None:
         settings.journal = "elsewhere"
 
 
+def test_passwords_in_urls_are_not_shown() -> None:
+    """Settings are printed, and stand in tracebacks."""
+    url = "postgresql://app:hunter2@db/credits"
+    assert "hunter2" not in f"{Settings(credits=url, journal=url)!r} {Settings(credits=url, journal=url)}"
+
+
 def test_database_without_its_driver_says_what_to_install() -> None:
     """And only who names a database needs the driver."""
     code = """

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 from urllib.parse import unquote
 
-from pydantic import PrivateAttr, SecretStr, ValidationError
+from pydantic import Field, PrivateAttr, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from metered_billing.credits import Credits
@@ -65,9 +65,10 @@ class Settings(BaseSettings):
         env_prefix=PREFIX, extra="forbid", frozen=True, hide_input_in_errors=True
     )
 
-    credits: str | None = None
+    # Those of PostgreSQL may have a password.
+    credits: str | None = Field(default=None, repr=False)
     token: SecretStr | None = None
-    journal: str = "metered-billing-journal"
+    journal: str = Field(default="metered-billing-journal", repr=False)
     settle: Literal["background", "inline"] = "background"
     ssm_prefix: str | None = None
 

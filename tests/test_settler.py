@@ -422,6 +422,23 @@ def test_without_voids_a_forgotten_decline_is_looked_up_five_minutes_later(
     assert world.bank.balance == (105 if arrives else 5)
 
 
+def test_without_voids_a_decline_that_is_said_to_be_forgotten_is_not_the_end(world: World) -> None:
+    """A mapping's reader knows it of this one, whatever it says of others: a copy may yet arrive, and does."""
+    without_voids(world, LOST, Fault(Declined(5, forgotten=True)), remembers=True)
+
+    async def main() -> None:
+        with pytest.raises(BillingError):
+            await world.serve()
+        await settled()
+        world.bank.take(Record(id=world.bank.calls[0][1], account=ANN, amount_credits=10, units=10, opened_at=0))
+        await world.quiet()
+        await world.biller.drain(1.0)
+
+    world.run(main)
+    assert calls(world) == ["deduct", "void", "deduct", "void", "find", "refund"]
+    world.holds()
+
+
 @pytest.mark.parametrize("after_s", [0.0, 299.5])
 def test_without_voids_a_restart_does_not_bring_the_look_up_forward(
     world: World, after_s: float, caplog: pytest.LogCaptureFixture

@@ -380,10 +380,11 @@ class Settler:
         if isinstance(answer, Declined):
             if answer.after_unknown:
                 return Unanswered("declined, in doubt", declined=False)
+            remembered = self._credits.remembers_declines and not answer.forgotten
             # A proxy's 402 says nothing of the deduction behind it.
-            if answer.certain and (quiet or self._credits.remembers_declines):
+            if answer.certain and (quiet or remembered):
                 return NotFound()
-            if not self._credits.remembers_declines:
+            if not remembered:
                 return Unanswered("declined; looking again later", retry_after_s=LOOK_AGAIN_AFTER_S, declined=True)
             return Unanswered("declined, in doubt")
         return Unanswered(answer.reason, answer.retry_after_s, sent=not isinstance(answer, NotSent), declined=False)

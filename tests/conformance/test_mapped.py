@@ -176,9 +176,9 @@ async def test_unknown_transaction_is_a_number_where_transactions_are(
             return replace(call, body={**(call.body or {}), "transactionId": f"tx-{int(record.transaction_id or 0)}"})
 
     asked: list[str | None] = []
-    seen = await report(house, Numbered(), "problem-not-found")
+    seen = await report(house, Numbered(), "refund-of-unknown", "problem-not-found")
     assert (broken(seen), seen.kept) == (set(), 0)
-    assert asked == ["2147483647", "1"]
+    assert asked == ["2147483647", "1", "2147483647", "2"]
 
 
 async def test_refunds_as_often_as_asked_are_not_usable(house: ModuleType, mapping: type[Contract]) -> None:

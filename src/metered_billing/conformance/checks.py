@@ -314,8 +314,9 @@ async def refund_never_exceeds(bench: Bench) -> None:
 )
 async def refund_of_unknown(bench: Bench) -> None:
     before = await bench.balance()
-    not_done(await bench.refund(str(uuid4()), 1, bench.new_key()), "a refund of an unknown transaction")
-    await holds(bench, before)
+    unknown = unknown_like(taken(await bench.deduct(1, bench.new_key()), 1))
+    not_done(await bench.refund(unknown, 1, bench.new_key()), "a refund of an unknown transaction")
+    await holds(bench, before - 1)
 
 
 @check(
@@ -1179,6 +1180,13 @@ def taken(reply: Reply, amount: int) -> str:
     if reply.status not in (200, 201) or not transaction or number(reply, "amount") != amount:
         raise Broken(f"a deduction of {amount} was answered {reply}, not with a transaction of that amount")
     return transaction
+
+
+def unknown_like(transaction: str) -> str:
+    """The id of a transaction that there is not: where they are numbers one that they have not come to."""
+    if not (transaction.isascii() and transaction.isdigit()):
+        return str(uuid4())
+    return str(2**31 - 1 if int(transaction) < 2**31 - 1 else 2**63 - 1)
 
 
 def given(reply: Reply, amount: int) -> str:

@@ -5,7 +5,6 @@ What only the credits API itself has (its problems, batches, limits of fields) i
 
 from dataclasses import replace
 from functools import partial
-from uuid import uuid4
 
 from metered_billing.charge import Account, Declined, Found, Refunded, Refused, Unanswered
 from metered_billing.conformance.bench import Bench, Broken, Lost, NotTried
@@ -19,6 +18,7 @@ from metered_billing.conformance.checks import (
     not_done,
     replay_when_spent,
     taken,
+    unknown_like,
 )
 from metered_billing.conformance.mapped import MappedBench, as_read, lacks, mapped, record_of
 from metered_billing.credits.contract import Contract
@@ -263,16 +263,9 @@ async def _refund_replay_is_read(bench: MappedBench) -> None:
 @mapped
 async def _unknown_refund_is_refused(bench: MappedBench) -> None:
     transaction = taken(await bench.deduct(1, bench.new_key()), 1)
-    told = await bench.refund(_unknown_like(transaction), 1, bench.new_key())
+    told = await bench.refund(unknown_like(transaction), 1, bench.new_key())
     if not isinstance(told.answer, Refused):
         raise Broken(f"it was answered {told}")
-
-
-def _unknown_like(transaction: str) -> str:
-    """The id of a transaction that there is not: where they are numbers one that they have not come to."""
-    if not (transaction.isascii() and transaction.isdigit()):
-        return str(uuid4())
-    return str(2**31 - 1 if int(transaction) < 2**31 - 1 else 2**63 - 1)
 
 
 @mapped

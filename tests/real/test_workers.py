@@ -99,6 +99,7 @@ async def test_workers_are_killed_replaced_and_stopped_under_load(workers: Worke
     async def load() -> None:
         while not done.is_set():
             sent[await workers.work(seconds=0.05)] += 1
+            await asyncio.sleep(0.1)
 
     # Killed, with long requests under way in both.
     killed = min(workers.pids)

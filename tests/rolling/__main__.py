@@ -40,9 +40,10 @@ class Rolling:
 
     Args:
         pace: 1 waits as the manifest says, less is for those in a hurry.
+        pause_s: How long a client thinks between two requests.
     """
 
-    def __init__(self, directory: Path, database: str, *, clients: int, pace: float, seed: int) -> None:
+    def __init__(self, directory: Path, database: str, *, clients: int, pace: float, seed: int, pause_s: float) -> None:
         self.requests: list[Seen] = []
         self.answers: list[Answer] = []
         self.done = False
@@ -54,6 +55,7 @@ class Rolling:
         self._nginx = Nginx(directory, [1])
         self._balancer = Balancer([])
         self._pace = pace
+        self._pause_s = pause_s
 
     @contextlib.asynccontextmanager
     async def up(self) -> AsyncIterator[None]:
@@ -134,7 +136,7 @@ class Rolling:
                 seen.status = answer.status_code
                 replica = answer.headers.get("x-replica", "")
             self.answers.append(Answer(time.monotonic(), replica, seen.status))
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(self._pause_s)
 
     async def _grant(self) -> None:
         async with self._books() as client:
@@ -182,10 +184,12 @@ def failures(answers: Sequence[Answer], replicas: Sequence[str]) -> list[str]:
     ]
 
 
-async def roll(database: str, *, clients: int, pace: float, seed: int, to: Path | None = None) -> bool:
+async def roll(
+    database: str, *, clients: int, pace: float, seed: int, pause_s: float = 0.02, to: Path | None = None
+) -> bool:
     """Restart both Deployments under load. Returns whether nobody noticed and the books balance."""
     with tempfile.TemporaryDirectory(prefix="metered-billing-rolling-") as directory:
-        one = Rolling(Path(directory), database, clients=clients, pace=pace, seed=seed)
+        one = Rolling(Path(directory), database, clients=clients, pace=pace, seed=seed, pause_s=pause_s)
         async with one.up():
             load = asyncio.create_task(one.load())
             await asyncio.sleep(2 * pace)

@@ -18,7 +18,7 @@ def test_nobody_notices_a_rolling_restart(pg_url: str, tmp_path: Path) -> None:
     except NoNginx as error:
         pytest.skip(str(error))
     picture = tmp_path / "rolling.svg"
-    assert asyncio.run(roll(pg_url, clients=3, pace=0.1, seed=7, to=picture))
+    assert asyncio.run(roll(pg_url, clients=3, pace=0.1, seed=7, pause_s=0.15, to=picture))
     assert "app-4" in picture.read_text()
 
 

@@ -81,7 +81,7 @@ test: $(VENV)/.dev $(VENV)/.demo check ## All checks and all tests but the long 
 	$(call nginx)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --cov --cov-money --cov-report=
 	@# Where money is decided, every branch has a test.
-	$(BIN)/coverage report --no-skip-covered --fail-under=100 --include='*/charge.py,*/outcomes/*,*/biller.py,*/settler.py,*/metered.py,*/middleware.py'
+	$(BIN)/coverage report --no-skip-covered --fail-under=100 --include='*/charge.py,*/outcomes/*,*/biller.py,*/settler.py,*/undoing.py,*/metered.py,*/middleware.py'
 
 quick: $(VENV)/.dev ## The everyday tests, in under two minutes
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" -q

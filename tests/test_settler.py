@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from metered_billing import settler as module
+from metered_billing import undoing
 from metered_billing.biller import Biller, Charge
 from metered_billing.charge import (
     AlreadyVoided,
@@ -991,7 +992,7 @@ def test_figures_of_recovery_are_the_documented_ones() -> None:
     """What the documentation says of waits and of what is kept; nobody changes the one without the other."""
     assert module.RECOVER_EVERY_S == 10.0
     assert (module.FIRST_BACKOFF_S, module.MAX_BACKOFF_S, module.MAX_RETRY_AFTER_S) == (1.0, 300.0, 3_600.0)
-    assert (module.AT_ONCE, module.ROUND, module.LOOK_AGAIN_AFTER_S) == (8, 200, 300.0)
+    assert (module.AT_ONCE, module.ROUND, undoing.LOOK_AGAIN_AFTER_S) == (8, 200, 300.0)
     assert (module.KEEP_S, module.KEEP_AT_MOST) == (604_800.0, 100_000)
 
 

@@ -96,7 +96,7 @@ TRANSITIONS: Mapping[State, Mapping[str, State]] = {
     State.VOIDING: {
         "voided": State.VOIDED,
         "refused": State.DISPUTED,
-        # Where the service has no voids: see `Settler._undo_without_void`.
+        # Where the service has no voids: see `Undoing._without_void`.
         "found": State.REFUNDING,
         "not found": State.VOIDED,
     },
@@ -123,7 +123,7 @@ class Record:
         tries: Attempts made at the refund or void that is due.
         due_at: When the next attempt is due, seconds since the epoch.
         declined_at: When a resent deduction was declined by a service that has no voids and forgets
-            declines; see `Settler._undo_without_void`.
+            declines; see `Undoing._without_void`.
         closed_at: When it became final.
         history: What has happened to it, oldest first: the row of `TRANSITIONS`, and when (seconds since
             the epoch). For people to read; nothing is decided by it.
@@ -453,7 +453,7 @@ class Unanswered:
 
     `sent` is False where no connection existed, so that the rest of a round need not be tried either.
     `declined`: whether a resent deduction was declined just now; None: nothing was heard of that. See
-    `Settler._undo_without_void`.
+    `Undoing._without_void`.
     """
 
     reason: str
@@ -464,12 +464,12 @@ class Unanswered:
 
 @dataclass(frozen=True, slots=True)
 class NoVoid:
-    """The service has no voids. Not an event: see `Settler._undo_without_void`."""
+    """The service has no voids. Not an event: see `Undoing._without_void`."""
 
 
 @dataclass(frozen=True, slots=True)
 class NoLookup:
-    """The service has no list of transactions to look in. Not an event: see `Settler._undo_without_void`."""
+    """The service has no list of transactions to look in. Not an event: see `Undoing._without_void`."""
 
 
 RefundAnswer = Refunded | AlreadyVoided | Refused | Unanswered

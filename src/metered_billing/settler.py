@@ -19,19 +19,10 @@ from opentelemetry.trace import Span
 
 from metered_billing import names
 from metered_billing.charge import (
-    Declined,
-    Deducted,
     Event,
-    Found,
     Lost,
-    NoLookup,
-    NotFound,
-    NotSent,
-    NoVoid,
     Record,
-    RefundAnswer,
     Refunded,
-    Refused,
     State,
     Unanswered,
     Voided,
@@ -43,6 +34,7 @@ from metered_billing.journal import Journal, JournalError
 from metered_billing.loops import LoopTasks
 from metered_billing.runtime import Runtime
 from metered_billing.telemetry import Telemetry, shown_items
+from metered_billing.undoing import Undoing
 
 RECOVER_EVERY_S = 10.0
 FIRST_BACKOFF_S = 1.0
@@ -58,9 +50,6 @@ AT_ONCE = 8
 
 ROUND = 200
 """Charges that one round of recovery reads from the journal at a time: its memory is bounded by it."""
-
-LOOK_AGAIN_AFTER_S = 300.0
-"""Where there are no voids and declines are forgotten: how long a copy of a deduction may be under way."""
 
 KEEP_S = 7 * 86_400.0
 KEEP_AT_MOST = 100_000
@@ -99,6 +88,7 @@ class Settler:
         self._journal = journal
         self._runtime = runtime
         self._telemetry = telemetry
+        self._undoing = Undoing(credits, journal, runtime, telemetry)
         self._recover_every_s = recover_every_s
         self._inline = inline
         # Charges that somebody here is seeing to, and on which loop; recovery leaves them alone (see `_together`).
@@ -312,7 +302,7 @@ class Settler:
                 operation.note(names.REASON, record.reason or "")
                 if record.refund_items:
                     operation.note(names.ITEMS, shown_items(record))
-                answer = await self._ask(record)
+                answer = await self._undoing.ask(record)
                 if isinstance(answer, Unanswered):
                     operation.failed("unanswered", answer.reason)
                     await self._postpone(record, answer)
@@ -329,65 +319,6 @@ class Settler:
                 self._say_moved(after, event)
             record = after
         return None
-
-    async def _ask(self, record: Record) -> tuple[Event, Record] | Unanswered:
-        """Refund or void, whichever is due. Returns the answer, and the record after it."""
-        try:
-            answer: Event | NoVoid | Unanswered
-            if record.state is State.REFUNDING:
-                answer = await self._refund(record)
-            else:
-                answer = await self._credits.void(record)
-            if isinstance(answer, NoVoid):
-                answer = await self._undo_without_void(record)
-            if isinstance(answer, Unanswered):
-                return answer
-            return answer, step(record, answer, now=self._runtime.now())
-        except Exception as error:
-            # A bug in a backend must not lose the refund, nor stand in the way of others.
-            self._telemetry.log(names.LOG_BUG, record, exc_info=error)
-            # A deduction may have been sent again before it raised: a copy may be under way.
-            return Unanswered(f"{type(error).__name__} in the credits backend", declined=False)
-
-    async def _refund(self, record: Record) -> RefundAnswer:
-        answer = await self._credits.refund(record)
-        if isinstance(answer, Refused) and record.refund_items:
-            # Perhaps for the names of its items: how many, or what is in them. The credits go back without.
-            return await self._credits.refund(replace(record, refund_items=()))
-        return answer
-
-    async def _undo_without_void(self, record: Record) -> Event | Unanswered:
-        """Send the very same deduction again under its key: a transaction that comes back can be refunded.
-
-        A decline is the end of it where declines are remembered, and where it is the service's own. Where they
-        are forgotten a copy may still be under way: look once more, without sending, when it cannot be any longer.
-        Where there is nothing to look in, ask once more then: whatever had arrived in between is told.
-        """
-        quiet = record.declined_at is not None
-        if record.declined_at is not None:
-            early_s = record.declined_at + LOOK_AGAIN_AFTER_S - self._runtime.now()
-            if early_s > 0:  # adopted: what is adopted is due at once
-                return Unanswered("declined; looking again later", retry_after_s=min(early_s, LOOK_AGAIN_AFTER_S))
-            found = await self._credits.find(record)
-            if not isinstance(found, NoLookup):
-                return found
-            # From here on a copy may be under way again: whoever goes on after a crash has to wait again, too.
-            if not await self._journal.write(record, replace(record, declined_at=None), durable=True):
-                return Unanswered("somebody else has it")
-        answer = await self._credits.deduct(record)
-        if isinstance(answer, Deducted):
-            return Found(answer.transaction_id)
-        if isinstance(answer, Declined):
-            if answer.after_unknown:
-                return Unanswered("declined, in doubt", declined=False)
-            remembered = self._credits.remembers_declines and not answer.forgotten
-            # A proxy's 402 says nothing of the deduction behind it.
-            if answer.certain and (quiet or remembered):
-                return NotFound()
-            if not remembered:
-                return Unanswered("declined; looking again later", retry_after_s=LOOK_AGAIN_AFTER_S, declined=True)
-            return Unanswered("declined, in doubt")
-        return Unanswered(answer.reason, answer.retry_after_s, sent=not isinstance(answer, NotSent), declined=False)
 
     async def _postpone(self, record: Record, answer: Unanswered) -> None:
         """Put on record when to try again; recovery does."""

@@ -47,6 +47,7 @@ SUBJECTS: dict[str, frozenset[str] | None] = {
     "charge.py": None,
     **{str(file.relative_to(SOURCE)): None for file in sorted((SOURCE / "outcomes").glob("*.py"))},
     "settler.py": None,
+    "undoing.py": None,
     "biller.py": CONCLUDING,
 }
 """The files that are changed, whole or these functions: of the biller what comes after the response."""
@@ -55,6 +56,7 @@ TESTS = {
     "charge.py": ["tests/test_charge.py"],
     "outcomes": ["tests/test_outcomes.py"],
     "settler.py": ["tests/test_settler.py", "tests/test_biller.py", "tests/test_inline.py"],
+    "undoing.py": ["tests/test_settler.py"],
     "biller.py": ["tests/test_settler.py", "tests/test_biller.py"],
 }
 """Which tests have to notice: a subject's own, so that it needs no other's to be safe."""

@@ -48,6 +48,7 @@ from metered_billing.ledger.grouped import GroupedBooks
 from metered_billing.metered import Terms
 from metered_billing.middleware import Exchange
 from metered_billing.settler import Settler
+from metered_billing.undoing import Undoing
 from tests.simulation import world
 from tests.simulation.world import replaced
 
@@ -530,12 +531,12 @@ def opened_is_taken_for_not_sent() -> Iterator[None]:
 @variant
 def recovery_deducts_under_a_new_key() -> Iterator[None]:
     """Where there are no voids, the very same deduction is sent again, under the very same key."""
-    undo = Settler._undo_without_void
+    undo = Undoing._without_void
 
     async def broken(self: Any, record: Record) -> Any:
         return await undo(self, replace(record, id=f"{record.id}-again"))
 
-    with replaced(Settler, "_undo_without_void", broken):
+    with replaced(Undoing, "_without_void", broken):
         yield
 
 
@@ -546,20 +547,20 @@ def no_void_is_taken_for_voided() -> Iterator[None]:
     async def broken(self: Any, record: Record) -> Event | Unanswered:
         return Voided()
 
-    with replaced(Settler, "_undo_without_void", broken):
+    with replaced(Undoing, "_without_void", broken):
         yield
 
 
 @variant
 def decline_without_void_is_the_end() -> Iterator[None]:
     """Where there are no voids, and declines are forgotten, one looks once more when no copy can be left."""
-    undo = Settler._undo_without_void
+    undo = Undoing._without_void
 
     async def broken(self: Any, record: Record) -> Event | Unanswered:
         answer: Event | Unanswered = await undo(self, record)
         return Voided() if isinstance(answer, Unanswered) and answer.declined else answer
 
-    with replaced(Settler, "_undo_without_void", broken):
+    with replaced(Undoing, "_without_void", broken):
         yield
 
 
@@ -579,13 +580,13 @@ def nothing_to_look_in_is_taken_for_nothing_found() -> Iterator[None]:
 @variant
 def unanswered_refund_is_taken_as_done() -> Iterator[None]:
     """A refund is done when the service says so."""
-    refund = Settler._refund
+    refund = Undoing._refund
 
     async def broken(self: Any, record: Record) -> Any:
         answer = await refund(self, record)
         return Refunded() if isinstance(answer, Unanswered) and record.tries else answer
 
-    with replaced(Settler, "_refund", broken):
+    with replaced(Undoing, "_refund", broken):
         yield
 
 

@@ -129,8 +129,8 @@ mutants: $(VENV)/.dev ## Change each line that decides about money, and see whet
 docs: $(VENV)/.dev ## Build the docs as a site, into site/; a broken link ends it
 	$(BIN)/zensical build --strict --clean
 
-docs-serve: $(VENV)/.dev ## Show the docs while you write them, on localhost:8000
-	$(BIN)/zensical serve
+docs-serve: $(VENV)/.dev ## Show the docs while you write them, on localhost:8008 (8000 is for what you try)
+	$(BIN)/zensical serve --dev-addr localhost:8008
 
 # In a font that is made for screens, where Debian has one.
 pictures: $(VENV)/.dev $(VENV)/.demo ## Take the pictures of README and docs anew, by the tests in the browser

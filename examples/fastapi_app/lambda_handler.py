@@ -5,10 +5,14 @@ The app's lifespan begins when an instance does, and never ends: Lambda tells no
 """
 
 from mangum import Mangum
+from mangum.adapter import DEFAULT_TEXT_MIME_TYPES
 from mangum.protocols import LifespanCycle
 
 from .app import app
 
 LifespanCycle(app, "on").__enter__()
 
-handler = Mangum(app, lifespan="off")
+# A 402 is text, too. As Mangum has it, it is returned in base64, and a REST API may hand it on like that.
+TEXT = [*DEFAULT_TEXT_MIME_TYPES, "application/problem+json", "application/x-ndjson"]
+
+handler = Mangum(app, lifespan="off", text_mime_types=TEXT)

@@ -175,6 +175,11 @@ def test_instance_that_is_frozen_and_killed_costs_nobody_anything(
         monkeypatch.setenv(name, value)
     instance = Instance(tmp_path, environment)
     try:
+        poor = cut_out(GOOD)
+        poor["headers"]["authorization"] = "Bearer poor"
+        answer = instance.call(poor)
+        assert (answer["statusCode"], json.loads(answer["body"])["balance"]) == (402, 0)  # no base64
+
         for number in (1, 2):
             answer = instance.call(cut_out(GOOD, BROKEN))
             assert answer["statusCode"] == 200, answer

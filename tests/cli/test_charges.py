@@ -65,7 +65,7 @@ class TestBadInput:
             (["charges", "list", "--limit", "0"], "limit"),
             (["charges", "list", "--journal", "ftp://x:secret@y"], "--journal: a directory"),
             (["charges"], ""),
-            (["explain"], "REQUEST_ID_OR_CHARGE_ID"),
+            (["explain"], "Missing argument 'ID'"),
             (["explain", "req-1", "--credits", "ftp://x"], "not a ledger"),
         ],
     )
@@ -200,6 +200,14 @@ class TestExplain:
         document = json.loads(run("explain", "req-1", "--json").out)
         assert [item["id"] for item in document["items"]] == [SETTLED.id, OPENED.id]
         assert "paid 8 credits" in document["items"][0]["story"][0]
+
+    def test_transactions_id_will_do(self, run: Any) -> None:
+        """It is what the customer was told, and all that is known of a request without an id."""
+        kept(SETTLED, OPENED, DISPUTED)
+        done = run("explain", "t-1")
+        assert (done.code, done.out.count("Charge ")) == (0, 1)
+        assert f"Charge {SETTLED.id}, settled" in done.out
+        assert "no transaction t-" in run("explain", "t-").err
 
     def test_disputed_charge_is_for_a_person(self, run: Any) -> None:
         """Exit code 3."""

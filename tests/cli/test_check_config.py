@@ -20,6 +20,7 @@ from starlette.routing import Route
 
 from metered_billing.cli import check_config
 from metered_billing.cli.check_config import NOBODY
+from metered_billing.credits.contract import Contract, Reply
 from metered_billing.journal.sqlite import SqliteJournal
 from metered_billing.ledger import Ledger
 from metered_billing.postgres import migrate
@@ -133,7 +134,8 @@ def test_settings_and_their_sources(run: Any, service: str, monkeypatch: pytest.
         ({"CREDITS": f"x@{SECRET}"}, "METERED_BILLING_CREDITS in the environment: credits must be an http(s)://,"),
         (
             {"CREDITS": "http://x", "TOKEN": f"{SECRET} "},
-            "METERED_BILLING_TOKEN in the environment: the credits token must be visible ASCII without spaces",
+            "METERED_BILLING_TOKEN in the environment: the credits token must be visible ASCII without spaces"
+            "; it begins or ends with a space or a line break",
         ),
         ({"JOURNAL": f"redis://{SECRET}"}, "METERED_BILLING_JOURNAL in the environment: journal must be a directory"),
         (
@@ -211,6 +213,16 @@ def test_service_of_another_shape(checked: Checked, odd: tuple[Odd, str], answer
     assert ok
     assert checks["token"][0] == "look"
     assert checks["token"][1].startswith("not known: the service answers")
+
+
+def test_url_with_the_version_in_it_is_said_to_be_that() -> None:
+    """Which is what people write first, and every request would be answered 500."""
+    answer = httpx.Response(404, json={"type": "urn:metered-billing:no-such-route"})
+    health = check_config._health("http://x/v1", answer)
+    token = check_config._token("t", Contract(), Reply(404, {}, answer.json()))
+    assert "without /v1" in health.do
+    assert "without /v1" in token.do
+    assert "--contract" in token.do
 
 
 def test_mapping_is_used(checked: Checked, odd: tuple[Odd, str]) -> None:

@@ -123,7 +123,7 @@ async def test_charges_are_told_with_whether_their_process_lives(tmp_path: Path)
 
 async def test_only_what_is_wanted_is_yielded(tmp_path: Path) -> None:
     """By name, state, tenant, user, time, and whether it is final."""
-    settled = charge(Deducted("t"), Reported(10), request_id="req-1")
+    settled = charge(Deducted('t"é\x00'), Reported(10), request_id="req-1")
     disputed = charge(Deducted("t"), Unread("x"), account=Account("other"), opened_at=NOON + 100)
     opened = charge(request_id="req-1")
     await keep(tmp_path, [settled, disputed, opened])
@@ -134,6 +134,9 @@ async def test_only_what_is_wanted_is_yielded(tmp_path: Path) -> None:
     assert ids(name="req-1") == {settled.id, opened.id}
     assert ids(name=settled.id) == {settled.id}
     assert ids(name="' OR 1=1 --") == set()
+    assert ids(transaction_id='t"é\x00') == {settled.id}
+    assert ids(transaction_id="t") == {disputed.id}
+    assert ids(transaction_id='t"') == set()
     assert ids(states=frozenset({State.DISPUTED, State.SETTLED})) == {settled.id, disputed.id}
     assert ids(unsettled=True) == {opened.id}
     assert ids(tenant_id="acme", user_id="ann") == {settled.id, opened.id}

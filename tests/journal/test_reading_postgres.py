@@ -82,7 +82,7 @@ async def test_only_what_is_wanted_is_yielded_and_how_far_back_is_known(pg_url: 
     await journal.start()
     with PostgresReader(pg_url) as reader:
         assert reader.complete_since(NOON, 100) is None
-    settled, opened, broken = charge(Deducted("t"), Reported(10)), charge(opened_at=NOON + 100), charge()
+    settled, opened, broken = charge(Deducted('t"é\x00'), Reported(10)), charge(opened_at=NOON + 100), charge()
     disputed = charge(Deducted("t"), Unread("x"), opened_at=NOON - 1_000)
     for record in (settled, opened, broken, disputed):
         await journal.open(replace(record, owner=journal.owner))
@@ -95,6 +95,8 @@ async def test_only_what_is_wanted_is_yielded_and_how_far_back_is_known(pg_url: 
     assert ids(states=frozenset({State.SETTLED, State.DISPUTED})) == {settled.id, disputed.id}
     assert ids(unsettled=True) == {opened.id}
     assert ids(since=NOON + 50) == {opened.id}
+    assert ids(transaction_id='t"é\x00') == {settled.id}
+    assert ids(transaction_id='t"') == set()
     with PostgresReader(pg_url) as reader:
         assert len(list(reader.charges(Wanted()))) == 3
         assert f"charge {broken.id}" in reader.unusable

@@ -98,7 +98,7 @@ def show(
         found = [seen for seen in reader.charges(Wanted(name=charge_id)) if seen.record.id == charge_id]
         unusable = complain_of(reader)
         if not found:
-            raise _not_there(charge_id, reader)
+            raise _not_there(f"charge {charge_id}", reader)
     document = _document(found[0], now)
     if as_json:
         terminal.say_json(document)
@@ -109,7 +109,7 @@ def show(
 
 
 def explain(
-    name: Annotated[str, typer.Argument(metavar="REQUEST_ID_OR_CHARGE_ID", help="A request's id, or a charge's.")],
+    name: Annotated[str, typer.Argument(metavar="ID", help="A request's id, a charge's, or a transaction's.")],
     journal: Journal = JOURNAL,
     credits_url: CreditsUrl = None,
     token: Token = None,
@@ -118,10 +118,14 @@ def explain(
     """Tell a charge's whole story: what was asked, deducted, delivered and refunded, when, and why."""
     now = time.time()
     with looking_into(journal) as reader:
-        found = list(islice(reader.charges(Wanted(name=name, oldest_first=True)), TOLD + 1))
+        # By the transaction only where nothing else has the name: it is in no index, and all is read for it.
+        for wanted in (Wanted(name=name, oldest_first=True), Wanted(transaction_id=name, oldest_first=True)):
+            found = list(islice(reader.charges(wanted), TOLD + 1))
+            if found:
+                break
         unusable = complain_of(reader)
         if not found:
-            raise _not_there(name, reader)
+            raise _not_there(f"charge, no request and no transaction {name}", reader)
     told, more = found[:TOLD], len(found) > TOLD
     ledger: dict[str, _Looked] = {}
     failure = None
@@ -166,10 +170,10 @@ def complain_of(reader: JournalReader) -> bool:
     return bool(reader.unusable)
 
 
-def _not_there(name: str, reader: JournalReader) -> Failure:
+def _not_there(what: str, reader: JournalReader) -> Failure:
     beyond = " But not all of it could be read." if reader.unusable else ""
     return Failure(
-        f"There is no charge and no request {name} in the journal {reader.place}."
+        f"There is no {what} in the journal {reader.place}."
         f" It keeps final charges for 7 days, and the latest 100,000.{beyond}"
     )
 

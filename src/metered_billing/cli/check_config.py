@@ -185,7 +185,8 @@ def _health(url: str, answer: httpx.Response) -> Check:
         return Check("credits", Result.OK, f"{url} answers")
     if answer.is_server_error:
         return Check("credits", Result.WRONG, f"{url} answers {answer.status_code}", "look at the service")
-    return Check("credits", Result.LOOK, f"{url} answers, but not to /healthz ({answer.status_code})")
+    said = f"{url} answers, but not to /healthz ({answer.status_code})"
+    return Check("credits", Result.LOOK, said, "is it the service's URL, without /v1?")
 
 
 def _clock(answer: httpx.Response) -> Iterator[Check]:
@@ -205,7 +206,9 @@ def _token(token: str | None, contract: Contract, reply: Reply) -> Check:
         return Check("token", Result.OK, f"{sent}, and sees every tenant")
     if reply.status == 403:
         return Check("token", Result.OK, f"{sent}, and does not see every tenant")
-    return Check("token", Result.LOOK, f"not known: the service answers {reply} when it is asked for a balance")
+    said = f"not known: the service answers {reply} when it is asked for a balance"
+    wrong = "correct its URL, which goes without /v1, or name the app's mapping with --contract"
+    return Check("token", Result.LOOK, said, wrong if reply.status == 404 else "")
 
 
 def _ledger(file: Path) -> Check:

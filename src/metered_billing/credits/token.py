@@ -46,7 +46,9 @@ def checked_token(token: str | SecretStr | None) -> SecretStr | None:
         return None
     secret = token if isinstance(token, SecretStr) else SecretStr(token)
     if not _VISIBLE.fullmatch(secret.get_secret_value()):
-        raise ValueError("the credits token must be visible ASCII without spaces")
+        text = secret.get_secret_value()
+        ends = "; it begins or ends with a space or a line break" if text.strip() != text else ""
+        raise ValueError(f"the credits token must be visible ASCII without spaces{ends}")
     return secret
 
 

@@ -165,6 +165,11 @@ def body_of(record: Record) -> str:
     return body + "}"
 
 
+def transaction_in(transaction_id: str) -> str:
+    """What stands in the body of each charge with this transaction: what to look for, before it is read."""
+    return f'"transaction_id":{_text(transaction_id)}'
+
+
 _text = json.encoder.encode_basestring_ascii
 _json = json.JSONEncoder(separators=(",", ":")).encode
 

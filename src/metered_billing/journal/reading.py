@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self
 from urllib.parse import quote
 
 from metered_billing.charge import Record, State
-from metered_billing.journal import JournalError, aside
+from metered_billing.journal import JournalError, aside, transaction_in
 from metered_billing.journal.lock import FileLock
 from metered_billing.journal.sqlite import SCHEMA, _look, record_in
 
@@ -59,10 +59,12 @@ class Wanted:
 
     Attributes:
         name: The id of a charge, or of a request.
+        transaction_id: The service's name for the deduction: what the client was told. It is in no index.
         since: Opened then or later; seconds since the epoch.
     """
 
     name: str | None = None
+    transaction_id: str | None = None
     states: frozenset[State] | None = None
     unsettled: bool = False
     tenant_id: str | None = None
@@ -74,6 +76,7 @@ class Wanted:
         """Whether it is one of them."""
         return (
             (self.name is None or self.name in (record.id, record.request_id))
+            and self.transaction_id in (None, record.transaction_id)
             and (self.states is None or record.state in self.states)
             and not (self.unsettled and record.final)
             and self.tenant_id in (None, record.account.tenant_id)
@@ -259,6 +262,9 @@ class _File:
         if wanted.name is not None:
             where.append("(id = ? OR request_id = ?)")
             values += [wanted.name, wanted.name]
+        if wanted.transaction_id is not None:
+            where.append("instr(body, ?) > 0")
+            values.append(transaction_in(wanted.transaction_id))
         if wanted.unsettled:
             where.append("closed_at IS NULL")
         if wanted.states is not None:

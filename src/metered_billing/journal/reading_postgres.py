@@ -5,7 +5,7 @@ from typing import Any, Final, Self
 
 import psycopg
 
-from metered_billing.journal import JournalError
+from metered_billing.journal import JournalError, transaction_in
 from metered_billing.journal.postgres import LEASE_S, SCHEMA, _record
 from metered_billing.journal.reading import PAGE, Seen, Wanted
 from metered_billing.postgres import Connection, _parameters, first_line, place
@@ -125,6 +125,9 @@ def _conditions(wanted: Wanted) -> tuple[list[str], list[Any]]:
         where.append("(id = %s OR request_id = %s)")
         # No text in PostgreSQL has a zero in it, so that such a name is nowhere.
         values += [wanted.name.replace("\x00", "?")] * 2
+    if wanted.transaction_id is not None:
+        where.append("strpos(body, %s) > 0")
+        values.append(transaction_in(wanted.transaction_id))
     if wanted.unsettled:
         where.append("closed_at IS NULL")
     if wanted.states is not None:

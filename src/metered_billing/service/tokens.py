@@ -171,13 +171,14 @@ class Tokens:
 
     @classmethod
     def _of(cls, unit: str, form: re.Pattern[str], entries: Iterable[tuple[int, str]]) -> "Tokens":
+        shape = "SECRET=SCOPE" if form is _ENTRY else "SECRET [expires=TIME] SCOPE, with sha256:DIGEST for a secret"
         read: dict[bytes, Token] = {}
         for number, entry in entries:
             if not entry:
                 continue
             match = form.fullmatch(entry)
             if match is None or not _SECRET.fullmatch(match["secret"]):
-                raise InvalidTokens(f"{unit} {number} of the tokens has another form. {HINT}")
+                raise InvalidTokens(f"{unit} {number} of the tokens is not of the form {shape} (scopes: {SCOPES})")
             try:
                 token = _token(match["secret"], match["scope"], match.groupdict().get("expires"))
             except ValueError as error:

@@ -17,7 +17,7 @@ _LOCK = 0x6D65_7465_7265_6462
 
 
 class SchemaMismatch(Exception):
-    """The tables are of a version that this release cannot work with. Nothing was changed."""
+    """The tables are of a version that this release cannot work with, or this role may not use them. Nothing was changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +71,23 @@ def prepare_postgres(connection: "Connection", schema: Schema, *, migrate: bool 
         migrate: Bring older tables up to date too.
 
     Raises:
-        SchemaMismatch: They are of another version; the text says what to do.
+        SchemaMismatch: They are of another version, or this role may not use them; the text says what to do.
     """
     # The first of several processes makes them, while the others wait.
     connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
     # Only where they are missing: afterwards the role needs no right to create anything.
     if connection.execute("SELECT to_regclass('versions')").fetchone() == (None,):
         where = connection.execute("SHOW search_path").fetchone() or ("",)
+        usable = "SELECT has_schema_privilege(to_regnamespace(%s)::oid, 'USAGE')"
+        may_use = connection.execute(usable.encode(), where).fetchone()
         # IF NOT EXISTS would ask for the right to create one, also where somebody has made it for us.
-        if connection.execute("SELECT to_regnamespace(%s)", where).fetchone() == (None,):
+        if may_use == (None,):
             connection.execute(f"CREATE SCHEMA {where[0]}".encode())
+        elif may_use == (False,):  # PostgreSQL would only say that no schema has been selected
+            raise SchemaMismatch(
+                f"this role may not use the schema {where[0]}, where the {schema.what}'s tables are: grant it USAGE on"
+                " the schema, and its rights on the tables"
+            )
         connection.execute("CREATE TABLE IF NOT EXISTS versions (what text PRIMARY KEY, version int NOT NULL)")
     row = connection.execute("SELECT version FROM versions WHERE what = %s", (schema.what,)).fetchone()
     found = 0 if row is None else int(row[0])

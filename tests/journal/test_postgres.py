@@ -437,6 +437,15 @@ async def test_role_that_may_not_make_tables_is_told(role: tuple[str, Any]) -> N
         await journal.start("")
 
 
+async def test_role_that_may_not_use_the_tables_is_told(shared: Postgres, role: tuple[str, Any]) -> None:
+    """They are there, and nobody has granted it its rights."""
+    first = await started(shared)
+    await first.close()
+    journal = PostgresJournal(role[0])
+    with pytest.raises(JournalError, match="may not use the schema metered_billing, .* grant it USAGE"):
+        await journal.start("")
+
+
 @pytest.mark.parametrize("given", ["the schema", "the tables"])
 async def test_role_needs_no_more_than_its_rows(shared: Postgres, role: tuple[str, Any], given: str) -> None:
     """An empty schema of its own will do; or tables that somebody else has made."""

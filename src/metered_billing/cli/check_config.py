@@ -277,8 +277,9 @@ def _tables(what: str, url: str) -> Check:
     except DatabaseError as error:
         return Check(what, Result.WRONG, f"{shown}: {first_line(error)}")
     if found is None:
-        say = f"{shown} has no tables for the {schema.what}, and this role may not make them"
-        return Check(what, Result.WRONG, say, "run `metered-billing migrate` with a role that may")
+        say = f"{shown} shows this role no tables for the {schema.what}, and this role may not make them"
+        do = "run `metered-billing migrate` with a role that may, and grant this one its rights on them"
+        return Check(what, Result.WRONG, say, do)
     if found == 0:
         return Check(what, Result.OK, f"{shown} is reached; the {schema.what}'s tables will be made")
     if found == schema.version:

@@ -17,7 +17,10 @@ _LOCK = 0x6D65_7465_7265_6462
 
 
 class SchemaMismatch(Exception):
-    """The tables are of a version that this release cannot work with, or this role may not use them. Nothing was changed."""
+    """The tables are of a version that this release cannot work with, or this role may not use.
+
+    Nothing was changed.
+    """
 
 
 @dataclass(frozen=True, slots=True)

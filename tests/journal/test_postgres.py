@@ -29,6 +29,7 @@ from metered_billing.postgres import migrate
 from metered_billing.runtime import Runtime
 from metered_billing.schemas import Schema
 from tests import postgres
+from tests.docs.pages import EXAMPLES
 from tests.journal.engines import Postgres, charge, everything, ids, moved
 
 
@@ -442,7 +443,7 @@ async def test_role_that_may_not_use_the_tables_is_told(shared: Postgres, role: 
     first = await started(shared)
     await first.close()
     journal = PostgresJournal(role[0])
-    with pytest.raises(JournalError, match="may not use the schema metered_billing, .* grant it USAGE"):
+    with pytest.raises(JournalError, match=r"may not use the schema metered_billing, .* grant it USAGE"):
         await journal.start("")
 
 
@@ -455,8 +456,7 @@ async def test_role_needs_no_more_than_its_rows(shared: Postgres, role: tuple[st
     else:
         first = await started(shared)
         await first.close()
-        administer("GRANT USAGE ON SCHEMA metered_billing TO {role}")
-        administer("GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA metered_billing TO {role}")
+        administer((EXAMPLES / "rights-journal.sql").read_text(encoding="utf-8").replace("TO app;", "TO {role};"))
     for _ in range(2):
         journal = PostgresJournal(url)
         await journal.start("")

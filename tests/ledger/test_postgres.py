@@ -29,6 +29,7 @@ from metered_billing.ledger.rules import Held
 from metered_billing.postgres import PostgresDatabase, migrate
 from metered_billing.runtime import Runtime
 from metered_billing.schemas import Schema
+from tests.docs.pages import EXAMPLES
 
 from .asking import deduct, deducted, grant, granted, refund, void
 
@@ -322,11 +323,10 @@ class TestTrouble:
         sql(pg_clean, f"CREATE ROLE {role} LOGIN")
         teller = Ledger(pg_clean.replace("postgres@", f"{role}@"))
         try:
-            with pytest.raises(LedgerNotOpened, match="may not use the schema metered_billing, .* grant it USAGE"):
+            with pytest.raises(LedgerNotOpened, match=r"may not use the schema metered_billing, .* grant it USAGE"):
                 await teller.start()
-            sql(pg_clean, f"GRANT USAGE ON SCHEMA metered_billing TO {role}")
-            sql(pg_clean, f"GRANT SELECT, INSERT ON ALL TABLES IN SCHEMA metered_billing TO {role}")
-            sql(pg_clean, f"GRANT UPDATE ON accounts TO {role}")
+            rights = (EXAMPLES / "rights-ledger.sql").read_text(encoding="utf-8")
+            sql(pg_clean, rights.replace("TO credits;", f"TO {role};"))
             transaction = (await teller.deduct(deduct())).body["transaction_id"]
             assert (await teller.refund(refund(transaction))).done
             assert (await teller.void(void("never-seen"))).done

@@ -325,6 +325,31 @@ def test_journal_that_rests_is_woken_on_every_event_loop(world: Frozen, monkeypa
     world.holds()
 
 
+def test_journal_is_woken_again_where_another_loop_began_while_it_was_put_to_rest(
+    world: Frozen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another thread: its request may run for longer than the lease lasts."""
+    resting: list[bool] = [False]
+    other = Biller(world.bank, world.journal, runtime=world.runtime, telemetry=world.telemetry, inline=True)
+
+    async def pause() -> None:
+        await other.start()  # which finds it awake
+        resting[0] = True
+
+    def resume() -> None:
+        resting[0] = False
+
+    monkeypatch.setattr(world.inner, "pause", pause)
+    monkeypatch.setattr(world.inner, "resume", resume)
+
+    async def main() -> None:
+        await world.invoke()
+        assert resting == [False]
+        await other.drain(1.0)
+
+    world.run(main)
+
+
 def test_journal_that_hangs_holds_the_end_of_a_request_up_for_a_second(
     world: Frozen, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -173,6 +173,8 @@ class Settler:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(PAUSE_WITHIN_S):
                     await self._journal.pause()
+            if any(other._awake for other in self._together()):  # on another loop a request has begun meanwhile
+                self._journal.resume()
 
     @property
     def _awake(self) -> bool:

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -845,16 +845,44 @@ def test_middleware_without_credits_says_what_to_do(monkeypatch: pytest.MonkeyPa
         {"journal": ""},
     ],
 )
-async def test_middleware_refuses_what_cannot_be_right(bench: Stand, options: dict[str, Any]) -> None:
-    """At construction, which is at start-up."""
+def test_middleware_refuses_what_cannot_be_right(tmp_path: Path, options: dict[str, Any]) -> None:
+    """At construction."""
+    given: dict[str, Any] = {"credits": "sqlite:///credits.db", "journal": tmp_path, **options}
     with pytest.raises(ValueError):
-        MeteredBillingMiddleware(Starlette(), **bench.options(**options))
+        MeteredBillingMiddleware(Starlette(), **given)
 
 
-async def test_middleware_refuses_an_account_that_is_no_function(bench: Stand) -> None:
+def test_middleware_refuses_an_account_that_is_no_function(tmp_path: Path) -> None:
     """An Account says who pays always: that is what `lambda: …` is for."""
     with pytest.raises(TypeError, match="account must be a function"):
-        MeteredBillingMiddleware(Starlette(), **bench.options(account=ANN))
+        MeteredBillingMiddleware(Starlette(), credits="sqlite:///credits.db", account=cast(Any, ANN))
+
+
+async def test_start_up_fails_where_the_middleware_is_made_by_a_server_and_cannot_be_right(bench: Stand) -> None:
+    """A server takes an error for an app that has no lifespan, and serves; what it is told ends it."""
+    app = Starlette(middleware=[Middleware(MeteredBillingMiddleware, **bench.options(journal="redis://x"))])
+    with pytest.raises(StartupFailed, match="journal must be a directory"):
+        async with lifespan(app):
+            pass
+
+
+async def test_refused_at_the_first_request_is_looked_at_anew_at_the_next(
+    bench: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a lifespan nobody starts the process again, and what could not be read may be there by now."""
+    monkeypatch.delenv("METERED_BILLING_CREDITS", raising=False)
+    app = Starlette(
+        routes=[Route("/work", ten(Response()), methods=["POST"])],
+        middleware=[Middleware(MeteredBillingMiddleware, **bench.options(credits=None))],
+    )
+    with pytest.raises(ValueError, match="set METERED_BILLING_CREDITS"):
+        await Connection(app, "/work").run()
+    monkeypatch.setenv("METERED_BILLING_CREDITS", f"sqlite:///{bench.directory}/other.db")
+    again = Connection(app, "/work")
+    await again.run()
+    assert again.status == 402
+    async with lifespan(app):
+        pass
 
 
 async def test_what_is_not_given_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -70,7 +71,7 @@ class MeteredBillingMiddleware:
         settings: Instead of those that are looked for.
 
     Raises:
-        ValueError, TypeError: A setting cannot be right; at start-up, for that is when Starlette makes it.
+        ValueError, TypeError: A setting cannot be right. Where a server runs already, start-up fails instead.
     """
 
     def __init__(
@@ -90,9 +91,50 @@ class MeteredBillingMiddleware:
         runtime: Runtime | None = None,
         telemetry: Telemetry | None = None,
     ) -> None:
+        self.app = app
+        self._refused: Exception | None = None
+        self._checked = False
+        self._configure = partial(
+            self._configured,
+            credits,
+            account,
+            journal,
+            on_disconnect,
+            on_unavailable,
+            max_body_bytes,
+            drain_timeout_s,
+            settle,
+            settle_timeout_s,
+            settings,
+            runtime,
+            telemetry,
+        )
+        try:
+            self._configure()
+        except Exception as error:
+            if not _is_served():
+                raise
+            # Starlette makes it for the server's first message, which is about the lifespan. Servers take what is
+            # raised then for an app that has none: they go on, and each request is a 500. So `__call__` tells them.
+            self._refused = error
+
+    def _configured(
+        self,
+        credits: str | Credits | None,  # noqa: A002 - the field's word
+        account: Callable[..., Any] | None,
+        journal: str | Path | Journal | None,
+        on_disconnect: OnDisconnect,
+        on_unavailable: OnUnavailable,
+        max_body_bytes: int,
+        drain_timeout_s: float,
+        settle: Settle | None,
+        settle_timeout_s: float,
+        settings: Settings | None,
+        runtime: Runtime | None,
+        telemetry: Telemetry | None,
+    ) -> None:
         settings = settings or Settings()
         runtime = runtime or Runtime()
-        self.app = app
         self.account = account
         self.on_disconnect: OnDisconnect = checked_choice("on_disconnect", on_disconnect, OnDisconnect)
         self.on_unavailable: OnUnavailable = checked_choice("on_unavailable", on_unavailable, OnUnavailable)
@@ -116,11 +158,13 @@ class MeteredBillingMiddleware:
             journal = settings.open_journal(journal, runtime, self.telemetry)
         self._inline = self.settle == "inline"
         self.biller: Biller = Biller(credits, journal, runtime=runtime, telemetry=self.telemetry, inline=self._inline)
-        self._checked = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
+                if self._refused is not None:
+                    await send({"type": "lifespan.startup.failed", "message": str(self._refused)})
+                    raise self._refused
                 send = self._watching(scope, send)
             await self.app(scope, receive, send)
             return
@@ -169,11 +213,23 @@ class MeteredBillingMiddleware:
         return watch
 
     def _check(self, scope: Scope) -> None:
+        if self._refused is not None:
+            self._configure()  # where no lifespan has told: it may have been AWS that could not be asked just then
+            self._refused = None
         app = scope.get("app") or unwrapped(self.app)
         if app is not None:
             check(app, self.account)
             document(app)
         self._checked = True
+
+
+def _is_served() -> bool:
+    """Whether an event loop runs here."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 class Exchange:

@@ -186,3 +186,17 @@ async def test_second_owner_of_a_ledger_in_process_is_told_what_to_do(process: P
     _, errors = await second.communicate()
     assert second.returncode != 0
     assert b"metered-billing serve" in errors
+
+
+async def test_setting_that_is_refused_ends_the_server() -> None:
+    """By itself, uvicorn takes an error for an app that has no lifespan, and answers 500 from then on."""
+    command = ("-m", "uvicorn", "tests.real.app:app", "--port", str(free_port()))
+    running = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *command,
+        env={**os.environ, "METERED_BILLING_CREDITS": "ftp://x"},
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, said = await asyncio.wait_for(running.communicate(), 30)
+    assert running.returncode == 3
+    assert b"METERED_BILLING_CREDITS" in said

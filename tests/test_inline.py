@@ -548,17 +548,18 @@ async def test_request_that_is_closed_waits_for_nothing(bench: Stand) -> None:
     assert await bench.balance() == GRANTED
 
 
-async def test_settling_is_said_in_code_or_by_the_environment(bench: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settling_is_said_in_code_or_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Code goes before; a word that is none is refused."""
     plain = Starlette()
-    assert MeteredBillingMiddleware(plain, **bench.options()).settle == "background"
+    options: dict[str, Any] = {"credits": "sqlite:///credits.db", "journal": tmp_path}
+    assert MeteredBillingMiddleware(plain, **options).settle == "background"
     monkeypatch.setenv("METERED_BILLING_SETTLE", "inline")
-    assert MeteredBillingMiddleware(plain, **bench.options()).settle == "inline"
-    assert MeteredBillingMiddleware(plain, **bench.options(settle="background")).settle == "background"
+    assert MeteredBillingMiddleware(plain, **options).settle == "inline"
+    assert MeteredBillingMiddleware(plain, **options, settle="background").settle == "background"
     given = Settings(settle="background")
-    assert MeteredBillingMiddleware(plain, **bench.options(settings=given)).settle == "background"
+    assert MeteredBillingMiddleware(plain, **options, settings=given).settle == "background"
     with pytest.raises(ValueError, match="settle must be one of 'background', 'inline'"):
-        MeteredBillingMiddleware(plain, **bench.options(settle="later"))
+        MeteredBillingMiddleware(plain, **{**options, "settle": "later"})
 
 
 async def test_invocation_stands_for_the_callers_request_id(bench: Stand) -> None:

@@ -29,7 +29,7 @@ from structlog.testing import capture_logs
 from metered_billing import HttpCredits, MeteredBillingMiddleware, metered, names, settled
 from metered_billing.biller import Biller
 from metered_billing.charge import Account, Record
-from metered_billing.credits import http as http_credits
+from metered_billing.credits import sender
 from metered_billing.credits.contract import Contract
 from metered_billing.journal.sqlite import SqliteJournal
 from metered_billing.outcomes import Paid
@@ -443,7 +443,7 @@ async def test_secrets_are_in_no_log(bench: Stand, written: io.StringIO, monkeyp
     await one(["refused"], attempts=1)
     await one(["ok"], contract=Broken())
     with monkeypatch.context() as patch:
-        patch.setattr(http_credits, "read_json", broken_reader)
+        patch.setattr(sender, "read_json", broken_reader)
         await one(["ok"])
     text = written.getvalue()
     assert text.count(names.LOG_COST_COMPUTED) == 5

@@ -23,7 +23,7 @@ endef
 
 # Two installations into one environment would get in each other's way.
 .NOTPARALLEL:
-.PHONY: demo test quick simulate chaos rolling bench bench-peers fuzz check mutants docs docs-serve pictures format clean help
+.PHONY: demo test long quick simulate chaos rolling bench bench-peers fuzz check mutants docs docs-serve pictures format clean help
 
 help: ## Say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -82,6 +82,10 @@ test: $(VENV)/.dev $(VENV)/.demo check ## All checks and all tests but the long 
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --cov --cov-money --cov-report=
 	@# Where money is decided, every branch has a test.
 	$(BIN)/coverage report --no-skip-covered --fail-under=100 --include='*/charge.py,*/outcomes/*,*/biller.py,*/settler.py,*/undoing.py,*/metered.py,*/middleware.py'
+
+long: $(VENV)/.dev ## The tests that `make test` leaves out because of the time they take
+	$(call nginx)
+	$(BIN)/python -m pytest -m long
 
 quick: $(VENV)/.dev ## The everyday tests, in under two minutes
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" -q

@@ -18,4 +18,4 @@ def test_books_balance_after_a_storm(engine: str) -> None:
             postgres.binaries()
         except postgres.NoPostgres as error:
             pytest.skip(str(error))
-    assert asyncio.run(storm(engine, seconds=6, seed=7))
+    assert asyncio.run(storm(engine, seconds=4, seed=7))

@@ -62,7 +62,7 @@ def build(root: Path) -> "subprocess.CompletedProcess[str]":
     )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, built of a copy: a tree that others read stays as it is."""
     root = tmp_path_factory.mktemp("docs")
@@ -98,7 +98,7 @@ class Html(HTMLParser):
             self.fetched += [found[name] for name in ("src", "srcset", "poster", "data") if name in found]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pages(site: Path) -> dict[Path, Html]:
     return {path: Html(path) for path in sorted(site.rglob("*.html"))}
 

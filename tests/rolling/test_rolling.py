@@ -11,6 +11,7 @@ from tests.rolling.picture import Answer
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_nobody_notices_a_rolling_restart(pg_url: str, tmp_path: Path) -> None:
     """Every replica of app and service is replaced under load: no request fails, and reconcile prints zero."""
     try:

@@ -9,7 +9,7 @@ import pytest
 from tests.simulation.runner import blind_to, run_all, trace_of
 from tests.simulation.world import run
 
-EVERYDAY = [*range(160), 274]
+EVERYDAY = [*range(120), 274]
 """The last is one of the few in which a refund of a part meets a void of support's."""
 
 

@@ -98,7 +98,6 @@ def pg_clean(pg_shared: str) -> str:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--pictures", type=Path, default=None, help="where the browser puts its pictures of the demo")
-    parser.addoption("--cov-money", action="store_true", help="measure the tests of where money is decided alone")
 
 
 def pytest_collection_finish() -> None:
@@ -107,15 +106,6 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-MONEY = {"charge", "outcomes", "biller", "settler", "inline", "metered", "middleware", "presence", "pitfalls", "loops"}
-"""Tests of these modules reach every branch where money is decided. Measured, any test takes nearly twice as long."""
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow ones first, so that no worker begins one when the others are done."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-    if config.getoption("--cov-money"):
-        beside = {Path(__file__).parent / f"test_{name}.py" for name in MONEY}
-        for item in items:
-            if item.path not in beside:
-                item.add_marker("no_cover")

@@ -104,6 +104,7 @@ def pytest_collection_finish() -> None:
     """What all modules have brought along stays: the garbage collector need not look at it again and again."""
     gc.collect()
     gc.freeze()
+    gc.collect()  # it counts what it has to look at only now, and goes by that: else it would let much pile up
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

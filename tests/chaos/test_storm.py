@@ -10,7 +10,7 @@ from tests.chaos.__main__ import storm
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("engine", ["sqlite", "postgres"])
+@pytest.mark.parametrize("engine", ["sqlite", pytest.param("postgres", marks=pytest.mark.long)])
 def test_books_balance_after_a_storm(engine: str) -> None:
     """Real processes, killed about every second: each request costs what its client saw, and reconcile prints zero."""
     if engine == "postgres":

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import logging
 import os
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -101,7 +102,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What all modules have brought along stays: the garbage collector need not look at it again and again."""
+    """What all modules have brought along stays: the garbage collector need not look at it again and again. But for
+    the levels of logging that the demo sets when it is imported: no test is to depend on who else is collected."""
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("metered_billing").setLevel(logging.NOTSET)
     gc.collect()
     gc.freeze()
     gc.collect()  # it counts what it has to look at only now, and goes by that: else it would let much pile up

@@ -9,7 +9,6 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -74,6 +73,17 @@ class MeteredBillingMiddleware:
         ValueError, TypeError: A setting cannot be right. Where a server runs already, start-up fails instead.
     """
 
+    account: Callable[..., Any] | None
+    on_disconnect: OnDisconnect
+    on_unavailable: OnUnavailable
+    max_body_bytes: int
+    drain_timeout_s: float
+    settle: Settle
+    settle_timeout_s: float
+    telemetry: Telemetry
+    biller: Biller
+    _inline: bool
+
     def __init__(
         self,
         app: ASGIApp,
@@ -94,23 +104,27 @@ class MeteredBillingMiddleware:
         self.app = app
         self._refused: Exception | None = None
         self._checked = False
-        self._configure = partial(
-            self._configured,
-            credits,
-            account,
-            journal,
-            on_disconnect,
-            on_unavailable,
-            max_body_bytes,
-            drain_timeout_s,
-            settle,
-            settle_timeout_s,
-            settings,
-            runtime,
-            telemetry,
-        )
+
+        def configure() -> None:
+            found = settings or Settings()
+            self.account = account
+            self.on_disconnect = checked_choice("on_disconnect", on_disconnect, OnDisconnect)
+            self.on_unavailable = checked_choice("on_unavailable", on_unavailable, OnUnavailable)
+            if max_body_bytes < 0 or drain_timeout_s < 0 or settle_timeout_s < 0:
+                raise ValueError("max_body_bytes, drain_timeout_s and settle_timeout_s cannot be below 0")
+            if account is not None and not callable(account):
+                raise TypeError(f"account must be a function that returns an Account; this is {account!r}")
+            self.max_body_bytes = max_body_bytes
+            self.drain_timeout_s = drain_timeout_s
+            self.settle = checked_choice("settle", found.settle if settle is None else settle, Settle)
+            self.settle_timeout_s = settle_timeout_s
+            self.telemetry = telemetry or Telemetry()
+            self._inline = self.settle == "inline"
+            self.biller = self._biller(credits, journal, found, runtime or Runtime())
+
+        self._configure = configure
         try:
-            self._configure()
+            configure()
         except Exception as error:
             if not _is_served():
                 raise
@@ -118,35 +132,13 @@ class MeteredBillingMiddleware:
             # raised then for an app that has none: they go on, and each request is a 500. So `__call__` tells them.
             self._refused = error
 
-    def _configured(
+    def _biller(
         self,
         credits: str | Credits | None,  # noqa: A002 - the field's word
-        account: Callable[..., Any] | None,
         journal: str | Path | Journal | None,
-        on_disconnect: OnDisconnect,
-        on_unavailable: OnUnavailable,
-        max_body_bytes: int,
-        drain_timeout_s: float,
-        settle: Settle | None,
-        settle_timeout_s: float,
-        settings: Settings | None,
-        runtime: Runtime | None,
-        telemetry: Telemetry | None,
-    ) -> None:
-        settings = settings or Settings()
-        runtime = runtime or Runtime()
-        self.account = account
-        self.on_disconnect: OnDisconnect = checked_choice("on_disconnect", on_disconnect, OnDisconnect)
-        self.on_unavailable: OnUnavailable = checked_choice("on_unavailable", on_unavailable, OnUnavailable)
-        if max_body_bytes < 0 or drain_timeout_s < 0 or settle_timeout_s < 0:
-            raise ValueError("max_body_bytes, drain_timeout_s and settle_timeout_s cannot be below 0")
-        if account is not None and not callable(account):
-            raise TypeError(f"account must be a function that returns an Account; this is {account!r}")
-        self.max_body_bytes = max_body_bytes
-        self.drain_timeout_s = drain_timeout_s
-        self.settle: Settle = checked_choice("settle", settings.settle if settle is None else settle, Settle)
-        self.settle_timeout_s = settle_timeout_s
-        self.telemetry: Telemetry = telemetry or Telemetry()
+        settings: Settings,
+        runtime: Runtime,
+    ) -> Biller:
         if credits is None and settings.credits is None:
             raise ValueError(
                 "MeteredBillingMiddleware does not know where credits are kept: give it credits=…, or set"
@@ -156,8 +148,7 @@ class MeteredBillingMiddleware:
             credits = settings.open_credits(credits, runtime, self.telemetry)  # noqa: A001
         if journal is None or isinstance(journal, str | Path):
             journal = settings.open_journal(journal, runtime, self.telemetry)
-        self._inline = self.settle == "inline"
-        self.biller: Biller = Biller(credits, journal, runtime=runtime, telemetry=self.telemetry, inline=self._inline)
+        return Biller(credits, journal, runtime=runtime, telemetry=self.telemetry, inline=self._inline)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -99,26 +99,15 @@ async def test_rejected_deduction_goes_again_with_the_other_token(
     assert names.LOG_REJECTED not in caplog.text
 
 
-async def test_token_that_stays_rejected_is_loud_and_not_asked_again(
-    make: Make, router: respx.MockRouter, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("there", "calls"), [("old", 1), ("new", 2)])
+async def test_token_that_stays_rejected_is_loud_and_looked_for_once(
+    make: Make, router: respx.MockRouter, caplog: pytest.LogCaptureFixture, there: str, calls: int
 ) -> None:
-    """There is no other: as if it were fixed."""
+    """Without another, as if it were fixed; where the other is rejected too, there is no third call. One line tells."""
     deductions = router.post("/v1/deductions").mock(side_effect=only("newer", yes))
-    tokens = Tokens(there="old")
+    tokens = Tokens(there=there)
     assert await make(tokens).deduct(record()) == Unknown("HTTP 401 unauthorized")
-    assert deductions.call_count == 1
-    assert tokens.looks == 1
-    assert [entry.levelno for entry in caplog.records] == [logging.CRITICAL]
-
-
-async def test_other_token_that_is_rejected_too_is_not_replaced_a_third_time(
-    make: Make, router: respx.MockRouter, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Two calls at the most, and one line in the log."""
-    deductions = router.post("/v1/deductions").mock(side_effect=only("newer", yes))
-    tokens = Tokens(there="new")
-    assert await make(tokens).deduct(record()) == Unknown("HTTP 401 unauthorized")
-    assert deductions.call_count == 2
+    assert deductions.call_count == calls
     assert tokens.looks == 1
     assert [entry.levelno for entry in caplog.records] == [logging.CRITICAL]
 

@@ -8,6 +8,7 @@
 With UPDATE_DOCS=1 the tests write what is real into the pages instead of failing.
 """
 
+import ast
 import os
 import re
 from dataclasses import dataclass
@@ -103,6 +104,17 @@ def table(page: Page, heading: str) -> list[list[str]]:
 def code(cell: str) -> list[str]:
     """What stands between backticks in a cell."""
     return re.findall(r"`([^`]+)`", cell)
+
+
+def assert_names_tests(cell: str) -> None:
+    """It names tests as `file::function`, and they exist; the function may be a class's."""
+    named = code(cell)
+    assert named, cell
+    for name in named:
+        file, _, function = name.partition("::")
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        there = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+        assert function in there, name
 
 
 _PATTERNS = [

@@ -1,9 +1,8 @@
 """SECURITY.md: each defence in its table has tests, and the tests exist."""
 
-import ast
 import re
 
-from .pages import ROOT, Page, code, table
+from .pages import ROOT, Page, assert_names_tests, table
 
 PAGE = ROOT / "SECURITY.md"
 
@@ -21,13 +20,7 @@ def test_threats_name_tests_that_exist() -> None:
     found = rows()
     assert len(found) > 10
     for row in found:
-        named = code(row[2])
-        assert named, row[0]
-        for name in named:
-            file, _, function = name.partition("::")
-            tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-            there = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
-            assert function in there, name
+        assert_names_tests(row[2])
 
 
 def test_links_lead_somewhere() -> None:

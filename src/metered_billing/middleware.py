@@ -120,7 +120,14 @@ class MeteredBillingMiddleware:
             self.settle_timeout_s = settle_timeout_s
             self.telemetry = telemetry or Telemetry()
             self._inline = self.settle == "inline"
-            self.biller = self._biller(credits, journal, found, runtime or Runtime())
+            clocks = runtime or Runtime()
+            self.biller = Biller(
+                found.open_credits(credits, clocks, self.telemetry, asked_by="MeteredBillingMiddleware"),
+                found.open_journal(journal, clocks, self.telemetry),
+                runtime=clocks,
+                telemetry=self.telemetry,
+                inline=self._inline,
+            )
 
         self._configure = configure
         try:
@@ -131,24 +138,6 @@ class MeteredBillingMiddleware:
             # Starlette makes it for the server's first message, which is about the lifespan. Servers take what is
             # raised then for an app that has none: they go on, and each request is a 500. So `__call__` tells them.
             self._refused = error
-
-    def _biller(
-        self,
-        credits: str | Credits | None,  # noqa: A002 - the field's word
-        journal: str | Path | Journal | None,
-        settings: Settings,
-        runtime: Runtime,
-    ) -> Biller:
-        if credits is None and settings.credits is None:
-            raise ValueError(
-                "MeteredBillingMiddleware does not know where credits are kept: give it credits=…, or set"
-                " METERED_BILLING_CREDITS (sqlite:///credits.db needs no service)"
-            )
-        if credits is None or isinstance(credits, str):
-            credits = settings.open_credits(credits, runtime, self.telemetry)  # noqa: A001
-        if journal is None or isinstance(journal, str | Path):
-            journal = settings.open_journal(journal, runtime, self.telemetry)
-        return Biller(credits, journal, runtime=runtime, telemetry=self.telemetry, inline=self._inline)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

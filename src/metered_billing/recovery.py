@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,40 +53,61 @@ async def recover(
         ValueError: Nobody says where credits are kept, or what is said cannot be right.
     """
     settings, runtime, telemetry = settings or Settings(), runtime or Runtime(), telemetry or Telemetry()
-    if credits is None and settings.credits is None:
-        raise ValueError("recover does not know where credits are kept: give it credits=…, or METERED_BILLING_CREDITS")
-    if credits is None or isinstance(credits, str):
-        credits = settings.open_credits(credits, runtime, telemetry)  # noqa: A001
-    if journal is None or isinstance(journal, str | Path):
-        journal = settings.open_journal(journal, runtime, telemetry)
-    try:
-        await credits.start()
-        await journal.start(credits.realm)
-        return await _Recovery(Settler(credits, journal, runtime, telemetry), journal, runtime).run(within_s)
-    finally:
-        try:
-            await journal.close()
-        finally:
-            await credits.aclose()
+    return await Recovery(
+        settings.open_credits(credits, runtime, telemetry, asked_by="recover"),
+        settings.open_journal(journal, runtime, telemetry),
+        runtime,
+        telemetry,
+    ).run(within_s)
 
 
-class _Recovery:
-    def __init__(self, settler: Settler, journal: Journal, runtime: Runtime) -> None:
-        self._settler = settler
+class Recovery:
+    """One run: a place in the journal, as one more process has it.
+
+    Args:
+        more: Asked when nothing is left, with the seconds since the run began: whether more may turn up yet.
+    """
+
+    def __init__(
+        self,
+        credits: Credits,  # noqa: A002 - the field's word
+        journal: Journal,
+        runtime: Runtime,
+        telemetry: Telemetry,
+        *,
+        more: Callable[[float], bool] = lambda after_s: False,
+    ) -> None:
+        self._credits = credits
         self._journal = journal
         self._runtime = runtime
+        self._settler = Settler(credits, journal, runtime, telemetry)
+        self._more = more
         self._tried = 0
 
     async def run(self, within_s: float) -> Recovered:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(within_s):
-                await self._until_done()
-        return Recovered(self._tried, await self._left())
+        """Recover until nothing is left to do, or the time is over; then close everything.
+
+        Raises:
+            JournalError, LedgerError: The journal or the ledger cannot be had.
+        """
+        try:
+            await self._credits.start()
+            await self._journal.start(self._credits.realm)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(within_s):
+                    await self._until_done()
+            return Recovered(self._tried, await self._left())
+        finally:
+            try:
+                await self._journal.close()
+            finally:
+                await self._credits.aclose()
 
     async def _until_done(self) -> None:
+        began = self._runtime.monotonic()
         while True:
             self._tried += await self._settler.recover()
-            if not await self._left():
+            if not await self._left() and not self._more(self._runtime.monotonic() - began):
                 return
             now = self._runtime.now()
             due = await self._journal.next_due(now)

@@ -137,28 +137,45 @@ class Settings(BaseSettings):
 
         return RotatingToken(read, held=self.token, runtime=runtime, telemetry=telemetry)
 
-    def open_credits(self, url: str | None, runtime: Runtime, telemetry: Telemetry) -> Credits:
-        """The client for this URL, or else for the one that was found, with the token that was found.
+    def open_credits(
+        self,
+        given: str | Credits | None,
+        runtime: Runtime,
+        telemetry: Telemetry,
+        *,
+        asked_by: str = "metered-billing",
+    ) -> Credits:
+        """The client that is given; or one for the URL that is given, or else was found, with the token that was found.
 
         Raises:
-            ValueError, ImportError: As `open_credits`; `InvalidSettings` where it is not this URL that is wrong.
+            ValueError, ImportError: As `open_credits`, and where there is none; `InvalidSettings` where it is not what
+                was given that is wrong.
         """
+        if given is not None and not isinstance(given, str):
+            return given
+        if given is None and self.credits is None:
+            raise ValueError(
+                f"{asked_by} does not know where credits are kept: give it credits=…, or set METERED_BILLING_CREDITS"
+                " (sqlite:///credits.db needs no service)"
+            )
         with self._naming("token"):
             token = self.token_source(runtime, telemetry)
             checked_token(self.token)
-        if url is not None:
-            return open_credits(url, token, runtime, telemetry)
+        if given is not None:
+            return open_credits(given, token, runtime, telemetry)
         with self._naming("credits"):
             return open_credits(self.credits or "", token, runtime, telemetry)
 
-    def open_journal(self, place: str | Path | None, runtime: Runtime, telemetry: Telemetry) -> Journal:
-        """The journal at this place, or else at the one that was found.
+    def open_journal(self, given: str | Path | Journal | None, runtime: Runtime, telemetry: Telemetry) -> Journal:
+        """The journal that is given; or the one at the place that is given, or else was found.
 
         Raises:
             ValueError, ImportError: Likewise.
         """
-        if place is not None:
-            return open_journal(place, runtime, telemetry)
+        if isinstance(given, str | Path):
+            return open_journal(given, runtime, telemetry)
+        if given is not None:
+            return given
         with self._naming("journal"):
             return open_journal(self.journal, runtime, telemetry)
 

@@ -1,10 +1,8 @@
 """`recover`: what dead processes left, driven to its end without starting the app."""
 
 import asyncio
-import math
-import time
 from collections import Counter
-from contextlib import suppress
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -31,9 +29,9 @@ from metered_billing.journal import Journal as KeptJournal
 from metered_billing.journal import JournalError
 from metered_billing.journal.reading import Seen, Wanted
 from metered_billing.ledger import LedgerError
+from metered_billing.recovery import Recovery
 from metered_billing.runtime import Runtime
 from metered_billing.settings import open_credits, open_journal
-from metered_billing.settler import Settler
 from metered_billing.telemetry import Telemetry
 
 LISTED = 100
@@ -100,7 +98,7 @@ def recover(
     except ImportError as error:
         raise Failure(f"{error}.") from None
     try:
-        asyncio.run(_Recovery(journal, credits, place, watching, runtime).run(within))
+        asyncio.run(_recover(journal, credits, place, watching, runtime, within))
     except (JournalError, LedgerError) as error:
         raise Failure(f"{error}.") from None
     except KeyboardInterrupt:
@@ -111,70 +109,37 @@ def recover(
         raise typer.Exit(ATTENTION)
 
 
-class _Recovery:
-    """One run: a place in the journal, as one more process has it."""
+async def _recover(
+    where: str,
+    credits: Credits,  # noqa: A002 - the field's word
+    journal: KeptJournal,
+    watching: Watching,
+    runtime: Runtime,
+    within_s: float,
+) -> None:
+    showing = asyncio.create_task(_show_progress(watching))
+    try:
+        await Recovery(credits, journal, runtime, watching, more=partial(_may_be_dead, where)).run(within_s)
+    finally:
+        showing.cancel()
 
-    def __init__(
-        self,
-        where: str,
-        credits: Credits,  # noqa: A002 - the field's word
-        journal: KeptJournal,
-        watching: Watching,
-        runtime: Runtime,
-    ) -> None:
-        self._where = where
-        self._credits = credits
-        self._journal = journal
-        self._watching = watching
-        self._runtime = runtime
-        self._settler = Settler(credits, journal, runtime, watching)
 
-    async def run(self, within_s: float) -> None:
-        """Recover until nothing is left to do, or the time is over.
+def _may_be_dead(where: str, after_s: float) -> bool:
+    """Whether somebody else's charges may still turn out to be a dead process's."""
+    with looking_into(where) as reader:
+        if after_s > reader.known_dead_after_s:
+            return False
+        return next(reader.charges(Wanted(unsettled=True)), None) is not None
 
-        Raises:
-            JournalError, LedgerError: The journal or the ledger cannot be had.
-        """
-        showing = asyncio.create_task(self._show_progress())
-        try:
-            await self._credits.start()
-            await self._journal.start(self._credits.realm)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(within_s):
-                    await self._until_done()
-        finally:
-            showing.cancel()
-            try:
-                await self._journal.close()
-            finally:
-                await self._credits.aclose()
 
-    async def _until_done(self) -> None:
-        began = time.monotonic()
-        while True:
-            await self._settler.recover()
-            now = self._runtime.now()
-            ours = sum(count for count, _ in (await self._journal.unsettled(now)).values())
-            if not ours and not self._may_be_dead(time.monotonic() - began):
-                return
-            due = await self._journal.next_due(now)
-            await self._runtime.sleep(min(max((due or math.inf) - now, 0.1), 1.0))
-
-    def _may_be_dead(self, after_s: float) -> bool:
-        """Whether somebody else's charges may still turn out to be a dead process's."""
-        with looking_into(self._where) as reader:
-            if after_s > reader.known_dead_after_s:
-                return False
-            return next(reader.charges(Wanted(unsettled=True)), None) is not None
-
-    async def _show_progress(self) -> None:
-        shown = 0
-        while True:
-            await asyncio.sleep(1)
-            done = self._watching.ended.total()
-            if done != shown:
-                terminal.complain(f"{done:,} charges are final")
-            shown = done
+async def _show_progress(watching: Watching) -> None:
+    shown = 0
+    while True:
+        await asyncio.sleep(1)
+        done = watching.ended.total()
+        if done != shown:
+            terminal.complain(f"{done:,} charges are final")
+        shown = done
 
 
 def _what_is_left(journal: str) -> tuple[list[Seen], int]:

@@ -47,7 +47,7 @@ class Sandbox:
             shutil.copy(example, directory)
         monkeypatch.chdir(directory)
         monkeypatch.syspath_prepend(str(directory))
-        for name in [name for name in os.environ if name.startswith(("METERED_BILLING", "OTEL_"))]:
+        for name in [name for name in os.environ if name.startswith(("METERED_BILLING", "OTEL_", "PYTEST_ADDOPTS"))]:
             monkeypatch.delenv(name)
         # Secrets that are the same each time, so that what a page shows of one can be used further down.
         numbers = itertools.count()

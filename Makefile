@@ -21,6 +21,9 @@ define install
  else $(2)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(1); fi
 endef
 
+# Images for containers set it; each of the many processes here would then compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Two installations into one environment would get in each other's way.
 .NOTPARALLEL:
 .PHONY: demo test long quick simulate chaos rolling bench bench-peers fuzz check mutants docs docs-serve pictures format clean help

@@ -118,3 +118,10 @@ def test_public_names_are_few() -> None:
     """What is public is kept for ever: 14 names at the most."""
     assert len(metered_billing.__all__) <= 14
     assert all(hasattr(metered_billing, name) for name in metered_billing.__all__)
+
+
+@pytest.mark.xdist_group("house")
+def test_tests_that_share_a_fixture_share_a_worker(request: pytest.FixtureRequest) -> None:
+    """pytest-xdist reads the groups: without a word it would start each demo and each browser once a worker."""
+    if getattr(request.config.option, "loadgroup", False):
+        assert request.node.nodeid.endswith("@house")

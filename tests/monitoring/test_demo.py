@@ -49,6 +49,7 @@ def prometheus(directory: Path, *ports: int) -> tuple[subprocess.Popen[bytes], Q
 
 def test_panels_show_the_demo_under_faults(tmp_path: Path) -> None:
     """Samples, a 402, a lost reply and an outage stand in what both processes show; no query is refused."""
+    program("prometheus")  # Without it: skipped, before anything runs that nobody would stop.
     demo = Demo(tmp_path, METERED_BILLING_DEMO_CUTOUT="stub")
     demo.up()
     watching, query = prometheus(tmp_path, demo.port, demo.metrics_port)

@@ -16,7 +16,7 @@ import pytest
 from tests import postgres
 from tests.serving import free_port, start_service
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("shared-journal")]
 
 
 @dataclass

@@ -12,7 +12,7 @@ import metered_billing
 SOURCE = Path(metered_billing.__file__).parent
 
 FLOORS = [
-    {"charge", "runtime", "names", "presence"},
+    {"bounds", "charge", "runtime", "names", "presence"},
     {
         "commits",
         "errors",
@@ -38,6 +38,7 @@ FLOORS = [
 
 APART = {
     "service": {
+        "bounds",
         "charge",
         "commits",
         "errors",

@@ -796,8 +796,16 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     # Values out of range.
     ({"cost": -1}, ValueError, "cost must be from 0 to 9007199254740991; this is int -1"),
     ({"cost": 1, "price": -1}, ValueError, "price must be from 0 to 9007199254740991; this is int -1"),
-    ({"cost": 1, "max_units": 0}, ValueError, "max_units must be a whole number from 1; this is 0"),
-    ({"cost": 1, "max_units": True}, ValueError, "max_units must be a whole number from 1; this is True"),
+    (
+        {"cost": 1, "max_units": 0},
+        ValueError,
+        "max_units must be a whole number from 1 to 9,007,199,254,740,991; this is 0",
+    ),
+    (
+        {"cost": 1, "max_units": True},
+        ValueError,
+        "max_units must be a whole number from 1 to 9,007,199,254,740,991; this is True",
+    ),
     (
         {"cost": 1, "on_disconnect": "forget"},
         ValueError,

@@ -12,6 +12,7 @@ from starlette.websockets import WebSocket
 
 from metered_billing import names
 from metered_billing.biller import Charge
+from metered_billing.bounds import whole
 from metered_billing.charge import MAX_AMOUNT, Account
 from metered_billing.choosing import Bound, Chooser, Offer, is_kind, name_of
 from metered_billing.errors import (
@@ -98,8 +99,7 @@ def metered(
         cost_of(cost)
     if not callable(price):
         cost_of(0, price=price)
-    if isinstance(max_units, bool) or not isinstance(max_units, int) or max_units < 1:
-        raise ValueError(f"max_units must be a whole number from 1; this is {max_units!r}")
+    whole("max_units", max_units, most=MAX_AMOUNT)
     if on_disconnect is not None:
         checked_choice("on_disconnect", on_disconnect, OnDisconnect)
     if on_unavailable is not None:

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from metered_billing import names
 from metered_billing.biller import Biller, Charge
+from metered_billing.bounds import DAY_S, number, whole
 from metered_billing.charge import Event, Reported, Unread
 from metered_billing.credits import Credits
 from metered_billing.journal import Journal
@@ -110,14 +111,12 @@ class MeteredBillingMiddleware:
             self.account = account
             self.on_disconnect = checked_choice("on_disconnect", on_disconnect, OnDisconnect)
             self.on_unavailable = checked_choice("on_unavailable", on_unavailable, OnUnavailable)
-            if max_body_bytes < 0 or drain_timeout_s < 0 or settle_timeout_s < 0:
-                raise ValueError("max_body_bytes, drain_timeout_s and settle_timeout_s cannot be below 0")
             if account is not None and not callable(account):
                 raise TypeError(f"account must be a function that returns an Account; this is {account!r}")
-            self.max_body_bytes = max_body_bytes
-            self.drain_timeout_s = drain_timeout_s
+            self.max_body_bytes = whole("max_body_bytes", max_body_bytes, least=0)
+            self.drain_timeout_s = number("drain_timeout_s", drain_timeout_s, most=DAY_S, zero=True)
             self.settle = checked_choice("settle", found.settle if settle is None else settle, Settle)
-            self.settle_timeout_s = settle_timeout_s
+            self.settle_timeout_s = number("settle_timeout_s", settle_timeout_s, most=DAY_S, zero=True)
             self.telemetry = telemetry or Telemetry()
             self._inline = self.settle == "inline"
             clocks = runtime or Runtime()

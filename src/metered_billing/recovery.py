@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from metered_billing.bounds import MONTH_S, number
 from metered_billing.credits import Credits
 from metered_billing.journal import Journal
 from metered_billing.runtime import Runtime
@@ -52,6 +53,7 @@ async def recover(
         JournalError, LedgerError: The journal or the ledger cannot be had.
         ValueError: Nobody says where credits are kept, or what is said cannot be right.
     """
+    number("within_s", within_s, most=MONTH_S, zero=True)
     settings, runtime, telemetry = settings or Settings(), runtime or Runtime(), telemetry or Telemetry()
     return await Recovery(
         settings.open_credits(credits, runtime, telemetry, asked_by="recover"),

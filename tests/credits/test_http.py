@@ -1096,16 +1096,6 @@ class TestAddress:
 
         assert "s3cr3t" not in str(refusal.value)
 
-    @pytest.mark.parametrize(
-        "name",
-        ["timeout_s", "attempt_timeout_s", "attempts", "breaker_failures", "breaker_reset_s", "max_connections"],
-    )
-    @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
-    def test_not_a_number(self, name: str, value: float) -> None:
-        """A limit of nothing, or none at all, is refused at once."""
-        with pytest.raises(ValueError, match="must be above 0, and finite"):
-            HttpCredits(URL, **{name: value})  # type: ignore[arg-type]
-
     def test_lean_without_its_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """It says what to install."""
         monkeypatch.setitem(sys.modules, "metered_billing.credits.lean", None)

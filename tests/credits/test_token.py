@@ -168,13 +168,6 @@ def test_process_that_ends_reads_no_more(place: Place) -> None:
     assert place.reads == 0
 
 
-@pytest.mark.parametrize("ttl_s", [0, -1, float("inf"), float("nan")])
-def test_times_that_are_none_are_refused(place: Place, ttl_s: float) -> None:
-    """At construction."""
-    with pytest.raises(ValueError):
-        place.token(ttl_s=ttl_s)
-
-
 # When it is rejected.
 
 

@@ -20,7 +20,7 @@ from rich.text import Text
 from metered_billing.charge import Account
 from metered_billing.cli import terminal
 from metered_billing.cli.failure import Failure
-from metered_billing.cli.options import ContractName, load_contract, open_reader
+from metered_billing.cli.options import ContractName, is_number, load_contract, open_reader
 from metered_billing.commits import ConnectionLost
 from metered_billing.credits.contract import Contract, Reply, read_json
 from metered_billing.credits.http import HttpCredits
@@ -66,7 +66,9 @@ class Check:
 
 
 def check_config(
-    timeout: Annotated[float, typer.Option(min=0.1, max=60, help="What one look may take, in seconds.")] = 5.0,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, max=60, callback=is_number, help="What one look may take, in seconds.")
+    ] = 5.0,
     contract: ContractName = None,
     as_json: AsJson = False,
 ) -> None:

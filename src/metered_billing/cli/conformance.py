@@ -14,7 +14,7 @@ from rich.text import Text
 
 from metered_billing.cli import terminal
 from metered_billing.cli.failure import Failure
-from metered_billing.cli.options import ContractName, load_contract
+from metered_billing.cli.options import ContractName, is_number, load_contract
 from metered_billing.conformance import (
     CHECKS,
     GROUPS,
@@ -58,7 +58,9 @@ def conformance(
         typer.Option(envvar="METERED_BILLING_FOREIGN_TOKEN", help="A token of another tenant: it must not get in."),
     ] = None,
     contract: ContractName = None,
-    timeout: Annotated[float, typer.Option(min=0.1, max=60, help="What one call may take, in seconds.")] = 5.0,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, max=60, callback=is_number, help="What one call may take, in seconds.")
+    ] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say which promises of the credits API a service keeps, and what the library does without the others."""

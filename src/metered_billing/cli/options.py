@@ -1,6 +1,7 @@
 """Options that several commands have, and how their texts are read."""
 
 import importlib
+import math
 import re
 import sys
 import time
@@ -77,6 +78,15 @@ ContractName = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, as the credits API has it.")]
+
+
+def is_number(value: float) -> float:
+    """A callback for options with bounds, which NaN is neither below nor above."""
+    if math.isnan(value):
+        raise typer.BadParameter("nan is no number")
+    return value
+
+
 Journal = Annotated[
     str,
     typer.Option(

@@ -9,6 +9,7 @@ import typer
 from opentelemetry.trace import Span
 
 from metered_billing import names
+from metered_billing.bounds import MONTH_S
 from metered_billing.charge import Record
 from metered_billing.cli import terminal
 from metered_billing.cli.charges import looking_into
@@ -20,6 +21,7 @@ from metered_billing.cli.options import (
     CreditsUrl,
     Journal,
     Token,
+    is_number,
     load_contract,
     secret,
 )
@@ -79,7 +81,9 @@ def recover(
     credits_url: CreditsUrl = None,
     token: Token = None,
     contract: ContractName = None,
-    within: Annotated[float, typer.Option(min=0, help="How many seconds to try, at the most.")] = 60,
+    within: Annotated[
+        float, typer.Option(min=0, max=MONTH_S, callback=is_number, help="How many seconds to try, at the most.")
+    ] = 60,
     as_json: AsJson = False,
 ) -> None:
     """Finish what dead processes left in the journal, when the app is not to be started."""

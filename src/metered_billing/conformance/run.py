@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import httpx
 
+from metered_billing.bounds import HOUR_S, number
 from metered_billing.charge import Account
 from metered_billing.conformance.bench import Bench, Broken, Lost, NotTried, Silent
 from metered_billing.conformance.checks import CHECKS, NEEDED, Check
@@ -63,7 +64,9 @@ async def check_service(
 
     Raises:
         CannotCheck: There is no account to run them on, or no answer.
+        ValueError: `timeout_s` cannot be right.
     """
+    number("timeout_s", timeout_s, most=HOUR_S)
     run_id = f"conformance-{new_uuid7()}"
     if contract is not None and (admin_token is not None or tenant_id is None):
         raise CannotCheck(

@@ -23,6 +23,7 @@ from opentelemetry.trace import Span
 from pydantic import SecretStr
 
 from metered_billing import names
+from metered_billing.bounds import DAY_S, HOUR_S, number, whole
 from metered_billing.charge import (
     MAX_ID_LENGTH,
     Declined,
@@ -157,11 +158,10 @@ class HttpCredits:
         runtime: Runtime | None = None,
         telemetry: Telemetry | None = None,
     ) -> None:
-        numbers = (timeout_s, attempt_timeout_s, attempts, breaker_failures, breaker_reset_s)
-        if not all(0 < number < math.inf for number in (*numbers, max_connections, max_waiting)):
-            raise ValueError("timeouts, attempts, lengths and the breaker's numbers must be above 0, and finite")
-        self._timeout_s = timeout_s
-        self._attempt_timeout_s = attempt_timeout_s
+        self._timeout_s = number("timeout_s", timeout_s, most=HOUR_S)
+        self._attempt_timeout_s = number("attempt_timeout_s", attempt_timeout_s, most=HOUR_S)
+        self._attempts = whole("attempts", attempts)
+        self._max_waiting = whole("max_waiting", max_waiting)
         # In line: enough must be left for a call of its own.
         self._patience_s = timeout_s - min(attempt_timeout_s, timeout_s) / 2
         self._contract = contract or Contract()
@@ -171,15 +171,14 @@ class HttpCredits:
             url,
             token=token,
             auth_header=checked_header(self._contract.auth_header, self._contract.auth_scheme),
-            breaker_failures=breaker_failures,
-            breaker_reset_s=breaker_reset_s,
+            breaker_failures=whole("breaker_failures", breaker_failures),
+            breaker_reset_s=number("breaker_reset_s", breaker_reset_s, most=DAY_S),
             transport=transport,
             lean=lean,
-            max_connections=max_connections,
+            max_connections=whole("max_connections", max_connections),
             runtime=self._runtime,
             telemetry=self._telemetry,
         )
-        self._max_waiting = max_waiting
         self._deductions_at_once = DEDUCTIONS_AT_ONCE
         self._batches = batching and self._contract.batches
         self._batch_was_answered = False
@@ -193,7 +192,6 @@ class HttpCredits:
             wait=self._wait_s,
             retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
         )
-        self._attempts = attempts
 
     @property
     def realm(self) -> str:

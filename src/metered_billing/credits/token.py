@@ -16,6 +16,7 @@ from typing import Protocol
 from pydantic import SecretStr
 
 from metered_billing import names
+from metered_billing.bounds import MONTH_S, number
 from metered_billing.journal.lock import call_in_forked_child
 from metered_billing.runtime import Executor, Runtime
 from metered_billing.telemetry import Telemetry
@@ -97,11 +98,9 @@ class RotatingToken:
         runtime: Runtime | None = None,
         telemetry: Telemetry | None = None,
     ) -> None:
-        if not 0 < ttl_s < math.inf:
-            raise ValueError("ttl_s must be above 0, and finite")
         self._read = read
         self._held = checked_token(held)
-        self._ttl_s = ttl_s
+        self._ttl_s = number("ttl_s", ttl_s, most=MONTH_S)
         self._runtime = runtime or Runtime()
         self._telemetry = telemetry or Telemetry()
         self.forked()

@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
+from metered_billing.bounds import whole
 from metered_billing.ledger import Ledger
 from metered_billing.runtime import Runtime
 from metered_billing.service.guard import MAX_BATCH_BYTES, MAX_BODY_BYTES, Guard, Known
@@ -75,8 +76,8 @@ def create_app(
     app.add_middleware(
         Guard,
         tokens=tokens,
-        max_body_bytes=max_body_bytes,
-        max_batch_bytes=max_batch_bytes,
+        max_body_bytes=whole("max_body_bytes", max_body_bytes),
+        max_batch_bytes=whole("max_batch_bytes", max_batch_bytes),
         rate=rate,
         load=load,
         runtime=runtime,

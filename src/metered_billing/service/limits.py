@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from metered_billing.bounds import MOST, number, whole
+
 MAX_CALLS = 1000
 """Calls under way at the same time. The library makes three at a time, whatever its app's load."""
 
@@ -22,8 +24,7 @@ class Rate:
     """
 
     def __init__(self, per_s: float, monotonic: Callable[[], float]) -> None:
-        if not per_s > 0:
-            raise ValueError("the rate must be above 0")
+        number("the rate", per_s, most=MOST)
         self._interval_s = 1 / per_s
         self._slack_s = max(per_s, 1.0) / per_s - self._interval_s
         self._monotonic = monotonic
@@ -56,9 +57,7 @@ class Load:
     """
 
     def __init__(self, max_calls: int = MAX_CALLS, max_bytes: int = MAX_HELD_BYTES) -> None:
-        if max_calls < 1 or max_bytes < 1:
-            raise ValueError("the bounds must be above 0")
-        self.max_calls = max_calls
-        self.max_bytes = max_bytes
+        self.max_calls = whole("max_calls", max_calls)
+        self.max_bytes = whole("max_bytes", max_bytes, most=1 << 40)
         self.calls = 0
         self.held_bytes = 0

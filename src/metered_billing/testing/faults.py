@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
+from metered_billing.bounds import whole
+
 T = TypeVar("T", bound=str)
 
 Operation = Literal["deduct", "refund", "void"]
@@ -120,8 +122,8 @@ class Plan:
         found = _one_of("fault", fault, get_args(Fault))
         if found_operation not in FAULTS[found].only:
             raise ValueError(f"{fault!r} can only happen to: {', '.join(FAULTS[found].only)}; not to {operation!r}")
-        if times is not None and times < 1:
-            raise ValueError(f"times must be 1 or more; this is {times!r}")
+        if times is not None:
+            whole("times", times)
         with self._lock:
             self._planned.append(Planned(found_operation, found, times, optional))
 

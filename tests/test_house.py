@@ -28,7 +28,7 @@ FLOORS = [
     },
     {"sources"},
     {"telemetry", "ledger", "journal", "credits"},
-    {"settings", "loops", "undoing", "settler", "recovery", "problems", "conformance"},
+    {"settings", "loops", "outage", "undoing", "settler", "recovery", "problems", "conformance"},
     {"biller"},
     {"middleware"},
     {"metered"},

@@ -123,6 +123,7 @@ LOG_MISMATCH: Final = "charge.outcomes_mismatch"
 LOG_UNREADABLE: Final = "charge.outcomes_unreadable"
 LOG_READER_RAISED: Final = "charge.outcomes_raised"
 LOG_JOURNAL_FAILED: Final = "journal.failed"
+LOG_RESUMED: Final = "recovery.resumed"
 LOG_MISCONFIGURED: Final = "billing.misconfigured"
 LOG_BUG: Final = "billing.bug"
 

@@ -32,6 +32,7 @@ from metered_billing.charge import (
 from metered_billing.credits import Credits
 from metered_billing.journal import Journal, JournalError
 from metered_billing.loops import LoopTasks
+from metered_billing.outage import Outage
 from metered_billing.runtime import Runtime
 from metered_billing.telemetry import Telemetry, shown_items
 from metered_billing.undoing import Undoing
@@ -97,6 +98,7 @@ class Settler:
         self._starting = 0
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopTasks] = weakref.WeakKeyDictionary()
         self._reported: dict[str, str] = {}
+        self._outage = Outage(telemetry, runtime.monotonic)
         with _TOGETHER:
             _SETTLERS.add(self)
 
@@ -497,14 +499,9 @@ class Settler:
         try:
             await self._look_through(now)
             self._telemetry.recovered("ok")
+            self._outage.over()
         except Exception as error:
-            self._say_recovery_failed(error)
-
-    def _say_recovery_failed(self, error: Exception) -> None:
-        # The next look tries again.
-        self._telemetry.recovered("failed")
-        event = names.LOG_JOURNAL_FAILED if isinstance(error, JournalError) else names.LOG_BUG
-        self._telemetry.log(event, exc_info=error, reason="recovery failed")
+            self._outage.failed(error)
 
     async def _recover_for_ever(self, here: LoopTasks) -> None:
         looked_at = -math.inf
@@ -521,8 +518,10 @@ class Settler:
                     if due is not None:
                         wait_s = min(due - self._runtime.now(), wait_s)
                     self._telemetry.recovered("ok")
+                    if whole:
+                        self._outage.over()
                 except Exception as error:
-                    self._say_recovery_failed(error)
+                    self._outage.failed(error)
                 outages = 0 if reachable else outages + 1
                 # However many are due, a service that cannot be reached is asked ever more seldom.
                 pause_s = min(FIRST_BACKOFF_S * 2 ** min(outages, 16), self._recover_every_s) if outages else 0.05

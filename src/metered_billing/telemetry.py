@@ -41,6 +41,8 @@ _LEVELS: Final[Mapping[str, int]] = {
     names.LOG_UNREADABLE: logging.WARNING,
     names.LOG_READER_RAISED: logging.ERROR,
     names.LOG_JOURNAL_FAILED: logging.CRITICAL,
+    # So that whoever is shown the outage is shown its end.
+    names.LOG_RESUMED: logging.WARNING,
     names.LOG_MISCONFIGURED: logging.ERROR,
     names.LOG_BUG: logging.CRITICAL,
 }
@@ -277,6 +279,10 @@ class Telemetry:
         return measure
 
     # Logs.
+
+    def again(self, event: str) -> None:
+        """What was logged before goes on: it is counted, so that an alert lasts, and not logged."""
+        self._anomalies.add(1, {names.EVENT: event})
 
     def log(
         self,

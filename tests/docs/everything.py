@@ -367,9 +367,15 @@ class Everything:
         here = self.middleware.biller._settler._loops[asyncio.get_running_loop()]
         with self.patched(self.journal, "adopt", fails):
             self._later_s += 1_000
-            while not any(log["event"] == event and log.get("reason") == "recovery failed" for log in self.logs):
+            while not any(
+                log["event"] == event and str(log.get("reason")).startswith("recovery failed") for log in self.logs
+            ):
                 here._woken.set()
                 await asyncio.sleep(0.001)
+        self._later_s += 1_000
+        while self.logs[-1]["event"] != "recovery.resumed":
+            here._woken.set()
+            await asyncio.sleep(0.001)
 
     async def _service(self) -> None:
         deduct = {"tenant_id": "acme", "user_id": "ann", "amount": 1}

@@ -8,18 +8,9 @@ from functools import partial
 
 from metered_billing.charge import Account, Declined, Found, Refunded, Refused, Unanswered
 from metered_billing.conformance.bench import Bench, Broken, Lost, NotTried
-from metered_billing.conformance.checks import (
-    CHECKS,
-    DO_NOT,
-    Check,
-    declined,
-    given,
-    holds,
-    not_done,
-    replay_when_spent,
-    taken,
-    unknown_like,
-)
+from metered_billing.conformance.checks import CHECKS, DO_NOT, Check
+from metered_billing.conformance.checks.reading import declined, given, holds, not_done, taken, unknown_like
+from metered_billing.conformance.checks.required import replay_when_spent
 from metered_billing.conformance.mapped import MappedBench, as_read, lacks, mapped, record_of
 from metered_billing.credits.contract import Contract
 

@@ -149,6 +149,23 @@ class TestVerdict:
         assert APP not in done.out
         assert ADMIN not in done.out
 
+    def test_what_cut_the_checks_off_is_told_once(self, against: Any) -> None:
+        """Exit code 1: what was not tried is not promised."""
+
+        class Hangs(Service):
+            async def answer(self, request: Any) -> Any:
+                if broken.is_void(request):
+                    raise httpx.ReadTimeout("nothing came")
+                return await self.real(request)
+
+        names = ("void-undoes", "void-same-answer", "void-before-arrival", "balance-told", "healthz")
+        done = against(Hangs, checks=names, ADMIN_TOKEN=ADMIN)
+        said = " ".join(done.out.split())
+        assert "2 checks: not tried, because the service has stopped answering: balance-told, healthz" in said
+        assert said.count("not tried,") == 1
+        assert "Not known: 2 of 5 checks should have been tried, and were not." in said
+        assert done.code == 1
+
     def test_what_could_not_be_given_back_is_told(self, against: Any, tmp_path: Path) -> None:
         """By number, with the account's name."""
 

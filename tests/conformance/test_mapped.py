@@ -14,7 +14,7 @@ import pytest
 from fastapi import FastAPI
 
 from metered_billing import Account, HttpCredits, MeteredBillingMiddleware, metered, settled
-from metered_billing.charge import NotFound, Refused, Unknown
+from metered_billing.charge import Declined, NotFound, Refunded, Refused, Unknown, Voided
 from metered_billing.conformance import CannotCheck, Report, Verdict, check_service, checks_of, promises, what_happens
 from metered_billing.credits.contract import Call, Contract, Record, RefundAnswer, Reply
 from metered_billing.ledger import Grant
@@ -82,7 +82,7 @@ async def test_credits_api_as_a_mapping_holds(tmp_path: Path) -> None:
     assert broken(seen) == set()
     assert [result.check.name for result in seen.not_tried] == ["batch"]
     assert (seen.verdict, seen.kept) == (Verdict.CONFORMANT, 0)
-    assert len(seen.results) == 37
+    assert len(seen.results) == 38
 
 
 async def test_without_keys_it_is_not_usable(
@@ -192,6 +192,87 @@ async def test_refunds_as_often_as_asked_are_not_usable(house: ModuleType, mappi
     seen = await report(house, mapping(), "refund-once", "concurrent-refunds", "refund-never-exceeds")
     assert broken(seen) == {"refund-once", "concurrent-refunds", "refund-never-exceeds"}
     assert seen.verdict is Verdict.UNUSABLE
+
+
+class NoRefunds:
+    """Of a mapping: refunds go to a path that there is not."""
+
+    def refund(self, record: Record) -> Call:
+        return Call("POST", "/nowhere", {})
+
+
+async def test_service_that_gives_nothing_back_is_not_usable(house: ModuleType, mapping: type[Contract]) -> None:
+    """And that is seen before all that the account holds is taken."""
+    seen = await report(house, type("Keeps", (NoRefunds, mapping), {})())
+    assert (broken(seen), seen.verdict, seen.exit_code) == ({"refund-once"}, Verdict.UNUSABLE, 1)
+    assert (seen.kept, house.held["acme", None]) == (20, 980)
+    assert {result.came for result in seen.prevented} == {"nothing that was taken came back"}
+    assert len(seen.prevented) == len(seen.results) - 2
+
+
+async def test_account_that_runs_short_leaves_it_unknown(house: ModuleType, mapping: type[Contract]) -> None:
+    """What is refunded once a transaction eats it up: of what was not tried nothing is promised."""
+    house.held["acme", None] = 110
+    seen = await report(house, mapping(), "refund-once", "concurrent-refunds", "refund-of-unknown", "find-by-key")
+    assert (seen.verdict, seen.exit_code) == (Verdict.UNKNOWN, 1)
+    assert [result.check.name for result in seen.prevented] == ["refund-of-unknown", "find-by-key"]
+    assert {number: words for number, _, words in promises(seen)}[4] == "not known: 2 of 2 not tried"
+    assert dict(what_happens(seen)) == {}
+
+
+async def test_answers_of_proxies_are_no_answers(house: ModuleType, mapping: type[Contract]) -> None:
+    """Read as the service's, they lose credits, or send a person after nothing."""
+
+    class Declines(mapping):  # type: ignore[misc, valid-type]
+        def read_deduction(self, record: Record, reply: Reply) -> Any:
+            return Declined() if 400 <= reply.status < 500 else super().read_deduction(record, reply)
+
+    class Believes(mapping):  # type: ignore[misc, valid-type]
+        def read_refund(self, record: Record, reply: Reply) -> RefundAnswer:
+            return Refunded() if reply.status < 504 else super().read_refund(record, reply)
+
+    class Disputes(mapping):  # type: ignore[misc, valid-type]
+        def read_refund(self, record: Record, reply: Reply) -> RefundAnswer:
+            return Refused("no") if reply.status == 404 else super().read_refund(record, reply)
+
+    class Chokes(mapping):  # type: ignore[misc, valid-type]
+        def read_deduction(self, record: Record, reply: Reply) -> Any:
+            return reply.body["error"] and None
+
+    class Voids(Declines):
+        def void(self, record: Record) -> Call:
+            return Call("POST", "/voids")
+
+        def read_void(self, record: Record, reply: Reply) -> Any:
+            return Voided()
+
+        read_deduction = mapping.read_deduction
+
+    for slip, verdict, came in (
+        (Declines, Verdict.UNUSABLE, "HTTP 400 to a deduction, without JSON, is read as Declined"),
+        (Believes, Verdict.UNUSABLE, "HTTP 400 to a refund, without JSON, is read as Refunded"),
+        (Disputes, Verdict.LIMITED, "HTTP 404 to a refund, without JSON, is read as Refused"),
+        (Voids, Verdict.UNUSABLE, "HTTP 400 to a void, without JSON, is read as Voided"),
+        (Chokes, Verdict.LIMITED, "the mapping raised TypeError"),
+    ):
+        seen = await report(house, slip(), "proxy-answers")
+        assert [result.came[: len(came)] for result in seen.results] == [came]
+        assert seen.verdict is verdict
+    assert "(in read_deduction, line" in seen.broken[0].came
+    assert "the mapping's, not the service's" in seen.broken[0].check.without
+
+
+@pytest.mark.parametrize(
+    ("balance", "sentence"),
+    [(1000.0, "read 1000.0 for a balance"), (None, "/balance.* HTTP 200, and `read_balance` made no balance")],
+)
+async def test_balance_that_is_none_is_told(
+    house: ModuleType, mapping: type[Contract], balance: Any, sentence: str
+) -> None:
+    """Before anything is taken, and by the name of what has to be mended."""
+    said = type("Odd", (mapping,), {"read_balance": lambda self, reply: balance})()
+    with pytest.raises(CannotCheck, match=sentence):
+        await report(house, said)
 
 
 async def test_what_the_mapping_gets_wrong(house: ModuleType, mapping: type[Contract]) -> None:

@@ -132,7 +132,7 @@ def _show(report: Report) -> None:
         _print_lines(console, [*lines, ("without", result.check.without)])
     if report.not_tried:
         console.print()
-        _print_lines(console, [(f"{each.check.name}:", f"not tried: {each.came}") for each in report.not_tried])
+        _print_lines(console, list(_not_tried(report)))
     if report.mapped or report.broken:
         _say_what_holds(console, report)
     console.print()
@@ -145,7 +145,24 @@ def _show(report: Report) -> None:
         terminal.say(f"{report.account} holds {terminal.credits_in_words(-report.kept)} more than before.")
 
 
-_STYLES = {Verdict.CONFORMANT: "bold green", Verdict.LIMITED: "bold yellow", Verdict.UNUSABLE: "bold red"}
+_STYLES = {
+    Verdict.CONFORMANT: "bold green",
+    Verdict.LIMITED: "bold yellow",
+    Verdict.UNKNOWN: "bold red",
+    Verdict.UNUSABLE: "bold red",
+}
+
+
+def _not_tried(report: Report) -> Iterator[tuple[str, str]]:
+    """Each with its reason; what one reason cut off, together."""
+    cut_off: dict[str, list[str]] = {}
+    for result in report.not_tried:
+        if result.prevented:
+            cut_off.setdefault(result.came, []).append(result.check.name)
+        else:
+            yield f"{result.check.name}:", f"not tried: {result.came}"
+    for came, names in cut_off.items():
+        yield f"{len(names)} checks:", f"not tried, because {came}: {', '.join(names)}"
 
 
 def _table(report: Report) -> Table:
@@ -188,6 +205,10 @@ def _verdict(report: Report) -> str:
     if report.verdict is Verdict.UNUSABLE:
         fatal = [result.check.name for result in report.broken if result.check.fatal]
         return f"Not usable: {', '.join(fatal)}.{but}"
+    if report.verdict is Verdict.UNKNOWN:
+        return (
+            f"Not known: {len(report.prevented)} of {len(report.results)} checks should have been tried, and were not."
+        )
     if report.verdict is Verdict.LIMITED:
         return f"Usable with limits: {', '.join(result.check.name for result in report.broken)}.{but}"
     return f"Conformant: {len(report.results) - untried} of {len(report.results)} promises hold.{but}"

@@ -13,7 +13,12 @@ _TOO_LATE = "A copy that arrives still later takes its credits, and nobody here 
 
 
 def what_happens(report: Report) -> Iterator[tuple[str, str]]:
-    """What happens to charges with this service, by occasion, where it is not as with the credits API."""
+    """What happens to charges with this service, by occasion, where it is not as with the credits API.
+
+    Nothing where not all that it depends on was tried.
+    """
+    if report.prevented:
+        return
     broken = {result.check.name for result in report.broken}
     voids, remembers = "void-undoes" not in broken, "declines-remembered" not in broken
     has_list = broken.isdisjoint({"find-by-key", "pages"})
@@ -63,10 +68,13 @@ def promises(report: Report) -> Iterator[tuple[int, str, str]]:
         about = [result for result in report.results if result.check.promise == number]
         broken = [result for result in about if result.outcome is Outcome.BROKEN]
         fatal = [result.check.name for result in broken if result.check.fatal]
+        prevented = sum(result.prevented for result in about)
         if number in OURS:
             yield number, words, "yes, whatever the service does"
         elif fatal:
             yield number, words, f"no: {', '.join(fatal)}"
+        elif prevented:
+            yield number, words, f"not known: {prevented} of {len(about)} not tried"
         elif broken:
             yield number, words, f"with limits: {', '.join(result.check.name for result in broken)}"
         elif any(result.outcome is Outcome.HELD for result in about):

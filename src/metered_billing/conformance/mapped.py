@@ -3,6 +3,7 @@
 A check sees what the library would see: each answer is told in the forms of the credits API, whatever its own.
 """
 
+import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,7 @@ from metered_billing.charge import (
     VoidAnswer,
     Voided,
 )
-from metered_billing.conformance.bench import Bench, Broken, NotTried, Taken, split
+from metered_billing.conformance.bench import Bench, Broken, Misread, NotTried, Taken, number, split
 from metered_billing.credits.contract import Call, Contract, Page, Reply
 from metered_billing.errors import TYPE_PREFIX
 
@@ -147,12 +148,28 @@ class MappedBench(Bench):
         """Not through a mapping."""
         raise NotTried("the batches of a mapping are not tried")
 
+    async def balance(self) -> int:
+        """What `read_balance` makes of it.
+
+        Raises:
+            Broken: No balance.
+        """
+        told = await self.ask_balance()
+        if (balance := number(told, "balance")) is None:
+            asked = self.exchanges[-1]
+            raise Broken(
+                f"{asked.method} {asked.path} was answered HTTP {told.came}, and `read_balance` made no balance of it"
+            )
+        return balance
+
     async def ask_balance(self, **call: Any) -> Told:
         """What `read_balance` makes of it."""
         reply = await self._ask(lambda: self.contract.balance(self.account), **call)
         balance = as_read(lambda: self.contract.read_balance(reply))
         if balance is None:
             return Told(_refusal(reply), reply.headers, None, Unanswered("no balance"), reply.status)
+        if type(balance) is not int:
+            raise Misread(f"the mapping read {balance!r} for a balance, which is no whole number")
         return Told(200, {}, {"balance": balance}, balance, reply.status)
 
     async def transactions(self, limit: int = 50, cursor: str | None = None, **call: Any) -> Told:
@@ -221,12 +238,15 @@ def as_read(ask: Callable[[], T]) -> T:
     """What the mapping returns.
 
     Raises:
-        Broken: It raised.
+        Misread: It raised.
     """
     try:
         return ask()
     except Exception as error:
-        raise Broken(f"the mapping raised {type(error).__name__}: {error}") from error
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise Misread(
+            f"the mapping raised {type(error).__name__}: {error} (in {where.name}, line {where.lineno})"
+        ) from error
 
 
 # Answers, in the forms of the credits API.
@@ -244,14 +264,14 @@ def _problem(name: str, **members: Any) -> tuple[Mapping[str, str], Mapping[str,
 def _deduction(answer: DeductAnswer, reply: Reply, amount: int) -> Told:
     if isinstance(answer, Deducted):
         if not isinstance(answer.transaction_id, str) or not answer.transaction_id:
-            raise Broken(f"the mapping read {answer.transaction_id!r} for a transaction, which is no text")
+            raise Misread(f"the mapping read {answer.transaction_id!r} for a transaction, which is no text")
         body = {"transaction_id": answer.transaction_id, "amount": amount, "balance": answer.balance}
         return Told(201, {}, body, answer, reply.status)
     if isinstance(answer, Declined):
         headers, problem = _problem("insufficient-credits", balance=answer.balance)
         return Told(402, headers, problem, answer, reply.status)
     if not isinstance(answer, Unknown):
-        raise Broken(f"the mapping read a deduction's answer as {answer!r}")
+        raise Misread(f"the mapping read a deduction's answer as {answer!r}")
     return Told(_refusal(reply), reply.headers, reply.body, answer, reply.status)
 
 
@@ -264,7 +284,7 @@ def _refund(answer: RefundAnswer, reply: Reply, amount: int) -> Told:
     if isinstance(answer, Refused):
         return Told(422, *_problem("refused"), answer, reply.status)
     if not isinstance(answer, Unanswered):
-        raise Broken(f"the mapping read a refund's answer as {answer!r}")
+        raise Misread(f"the mapping read a refund's answer as {answer!r}")
     return Told(_refusal(reply), reply.headers, None, answer, reply.status)
 
 
@@ -276,7 +296,7 @@ def _void(answer: VoidAnswer, reply: Reply) -> Told:
     if isinstance(answer, Refused):
         return Told(422, *_problem("refused"), answer, reply.status)
     if not isinstance(answer, Unanswered):
-        raise Broken(f"the mapping read a void's answer as {answer!r}")
+        raise Misread(f"the mapping read a void's answer as {answer!r}")
     return Told(_refusal(reply), reply.headers, None, answer, reply.status)
 
 

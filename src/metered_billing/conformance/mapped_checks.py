@@ -3,16 +3,27 @@
 What only the credits API itself has (its problems, batches, limits of fields) is left out.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from metered_billing.charge import Account, Declined, Found, Refunded, Refused, Unanswered
+from metered_billing.charge import (
+    Account,
+    Declined,
+    Found,
+    NoVoid,
+    Refunded,
+    Refused,
+    State,
+    Unanswered,
+    Unknown,
+)
 from metered_billing.conformance.bench import Bench, Broken, Lost, NotTried
 from metered_billing.conformance.checks import CHECKS, DO_NOT, Check
 from metered_billing.conformance.checks.reading import declined, given, holds, not_done, taken, unknown_like
 from metered_billing.conformance.checks.required import replay_when_spent
 from metered_billing.conformance.mapped import MappedBench, as_read, lacks, mapped, record_of
-from metered_billing.credits.contract import Contract
+from metered_billing.credits.contract import Contract, Reply
 
 AS_THEY_ARE = {
     "deduct-once",
@@ -57,7 +68,7 @@ def checks_of(contract: Contract) -> list[Check]:
         elif check.name in AS_THEY_ARE and check.group not in without:
             found.append(check)
         if check.name == "pool-and-users-apart":
-            found.append(_IDS_QUOTED)
+            found += [_IDS_QUOTED, _PROXY_ANSWERS]
     return found
 
 
@@ -286,6 +297,45 @@ async def _ids_are_quoted(bench: MappedBench) -> None:
         if any(path.count(mark) > known.count(mark) for mark in ("/", "%41", "?", "#")):
             raise Broken(f"the path of a {what} for the user {odd.user_id} is {path}")
 
+
+@mapped
+async def _proxies_are_not_believed(bench: MappedBench) -> None:
+    deduction = record_of(bench.account, bench.new_key(), 10, {})
+    refund = replace(deduction, state=State.REFUNDING, transaction_id="1", refund_credits=2, reason="failed items")
+    void = replace(deduction, state=State.VOIDING)
+    asked: list[tuple[str, Callable[[Reply], object]]] = [
+        ("deduction", partial(bench.contract.read_deduction, deduction)),
+        ("refund", partial(bench.contract.read_refund, refund)),
+    ]
+    if "voids" not in bench.lacks:
+        asked.append(("void", partial(bench.contract.read_void, void)))
+    for what, read in asked:
+        for status in PROXY_STATUSES:
+            for body in (None, {"message": "no"}):
+                answer = as_read(partial(read, Reply(status, {}, body)))
+                if not isinstance(answer, Unknown | Unanswered | NoVoid):
+                    # What is refused is shown to a person; the others are believed.
+                    kind = Broken if isinstance(answer, Refused) else Lost
+                    words = "without JSON" if body is None else "with JSON that is not the service's"
+                    raise kind(f"HTTP {status} to a {what}, {words}, is read as {type(answer).__name__}")
+
+
+PROXY_STATUSES = (400, 401, 403, 404, 429, 500, 502, 503, 504)
+"""What a proxy, a gateway or a deployment answers in place of the service."""
+
+_PROXY_ANSWERS = Check(
+    "proxy-answers",
+    "required",
+    4,
+    False,
+    tried="answers that are not the service's but a proxy's, read without sending anything: "
+    + ", ".join(str(status) for status in PROXY_STATUSES),
+    expected="none is an answer: a deduction is Unknown, a refund or void Unanswered, as `super()` says",
+    without="What passes is taken for the service's last word. Read as done or as declined, credits are lost, or a "
+    "route runs that nobody paid for; read as refused, each such moment leaves a charge for a person.",
+    run=_proxies_are_not_believed,
+)
+"""Of mappings alone, likewise: with the credits API the library reads them itself."""
 
 _IDS_QUOTED = Check(
     "ids-quoted",

@@ -22,10 +22,16 @@ class Verdict(StrEnum):
 
     CONFORMANT = "conformant"
     LIMITED = "usable with limits"
+    UNKNOWN = "not known"
     UNUSABLE = "not usable"
 
 
-EXIT_CODES: Mapping[Verdict, int] = {Verdict.CONFORMANT: 0, Verdict.LIMITED: 3, Verdict.UNUSABLE: 1}
+EXIT_CODES: Mapping[Verdict, int] = {
+    Verdict.CONFORMANT: 0,
+    Verdict.LIMITED: 3,
+    Verdict.UNKNOWN: 1,
+    Verdict.UNUSABLE: 1,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +41,16 @@ class Result:
     Attributes:
         came: What came instead, or why it was not tried; empty where the promise held.
         exchanges: The calls that were made, without tokens.
+        prevented: It was not tried, and should have been.
+        kept: Credits that it took and that could not be given back; below zero: that there are more now.
     """
 
     check: Check
     outcome: Outcome
     came: str = ""
     exchanges: tuple[Exchange, ...] = ()
+    prevented: bool = False
+    kept: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +79,16 @@ class Report:
         return [result for result in self.results if result.outcome is Outcome.NOT_TRIED]
 
     @property
+    def prevented(self) -> list[Result]:
+        return [result for result in self.results if result.prevented]
+
+    @property
     def verdict(self) -> Verdict:
-        """Not usable where one promise is broken that the library cannot do without."""
+        """Not usable where one promise is broken that the library cannot do without; else not all may be known."""
         if any(result.check.fatal for result in self.broken):
             return Verdict.UNUSABLE
+        if self.prevented:
+            return Verdict.UNKNOWN
         return Verdict.LIMITED if self.broken else Verdict.CONFORMANT
 
     @property

@@ -8,7 +8,7 @@ import httpx
 
 from metered_billing.bounds import HOUR_S, number
 from metered_billing.charge import Account
-from metered_billing.conformance.bench import Bench, Broken, Lost, NotTried, Silent
+from metered_billing.conformance.bench import Bench, Broken, Lost, Misread, NotTried, Prevented, Silent
 from metered_billing.conformance.checks import CHECKS, NEEDED, Check
 from metered_billing.conformance.mapped import MappedBench
 from metered_billing.conformance.mapped_checks import checks_of
@@ -21,6 +21,12 @@ AT_MOST = 10_000
 
 MAX_SILENT = 3
 """After so many checks in a row without an answer the rest is not tried: a service that hangs costs no hours."""
+
+MEND = (
+    "This is the mapping's, not the service's: mend it, and check again. In an app it is logged as "
+    "`billing.misconfigured`, and nothing is confirmed by it."
+)
+"""What stands in place of a check's own words where the mapping raised, or read what is no answer."""
 
 SHOWN = 12
 """How many calls of a check a report shows: the last ones."""
@@ -172,16 +178,26 @@ async def _run_all(
     bench: Bench, checks: Sequence[Check], held: int, on_result: Callable[[Result], None]
 ) -> list[Result]:
     results: list[Result] = []
-    silent = 0
+    silent, stopped = 0, ""
     for check in checks:
         if check.needs and getattr(bench, check.needs) is None:
             continue
-        if silent >= MAX_SILENT:
-            result = Result(check, Outcome.NOT_TRIED, "the service has stopped answering")
+        if stopped:
+            result = Result(check, Outcome.NOT_TRIED, stopped, prevented=True)
         else:
             await _top_up(bench, held)
             result, heard = await run_check(check, bench)
             silent = 0 if heard else silent + 1
+            if silent >= MAX_SILENT:
+                stopped = "the service has stopped answering"
+            elif (
+                result.outcome is Outcome.BROKEN
+                and result.kept > 0
+                and not bench.gives_back
+                and bench.admin_token is None
+            ):
+                # Others take all that the account holds.
+                stopped = "nothing that was taken came back"
         results.append(result)
         on_result(result)
     return results
@@ -200,22 +216,26 @@ async def _top_up(bench: Bench, held: int) -> None:
 async def run_check(check: Check, bench: Bench) -> tuple[Result, bool]:
     """Run one check, and give back what it took. Returns its result, and whether the service answered."""
     bench.exchanges.clear()
-    heard = True
+    heard, prevented, kept = True, False, 0
     before: int | None = None
     try:
         before = await bench.balance()
         if before < NEEDED:
-            raise NotTried(f"the account holds {before} credits by now, and {NEEDED} are needed")
+            raise Prevented(f"the account holds {before} credits by now, and {NEEDED} are needed")
         await check.run(bench)
         outcome, came = Outcome.HELD, ""
     except NotTried as why:
-        outcome, came = Outcome.NOT_TRIED, str(why)
+        outcome, came, prevented = Outcome.NOT_TRIED, str(why), isinstance(why, Prevented)
     except Broken as what:
         outcome, came, heard = Outcome.BROKEN, str(what), not isinstance(what, Silent)
-        check = replace(check, fatal=check.fatal or isinstance(what, Lost))
+        check = replace(
+            check,
+            fatal=check.fatal or isinstance(what, Lost),
+            without=MEND if isinstance(what, Misread) else check.without,
+        )
     finally:
         exchanges = tuple(bench.exchanges[-SHOWN:])
         if before is not None:
             with contextlib.suppress(Broken):
-                await bench.give_back(before)
-    return Result(check, outcome, came, exchanges), heard
+                kept = -await bench.give_back(before)
+    return Result(check, outcome, came, exchanges, prevented, kept), heard

@@ -8,11 +8,16 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from metered_billing import names
+from metered_billing.charge import Account, Record, opened
 from metered_billing.journal import JournalError
 from metered_billing.outage import SAID_AT_MOST, Outage
 from metered_billing.telemetry import Telemetry
 
 AWAY = JournalError("postgresql://db/journal: connection refused")
+
+
+def record(charge_id: str) -> Record:
+    return opened(charge_id, Account("acme"), amount_credits=10, units=10, now=0.0, owner="me")
 
 
 class Said:
@@ -55,14 +60,14 @@ def said(caplog: pytest.LogCaptureFixture) -> Said:
 def test_hours_are_two_lines(said: Said) -> None:
     """What it is, without a traceback; then how often it was tried, and for how long."""
     said.fail(AWAY, 360)
-    said.outage.over()
+    said.outage.looked()
 
     first, last = said.lines
     assert first.startswith("journal.failed")
     assert "recovery failed: postgresql://db/journal: connection refused" in first
     assert last.startswith("recovery.resumed")
-    assert "360" in last
-    assert "3600.0" in last
+    assert "tries=360" in last
+    assert "outage_s=3600.0" in last
     assert not any(record.exc_info for record in said.records)
 
 
@@ -96,11 +101,36 @@ def test_bug_has_its_traceback(said: Said) -> None:
     assert said.counted("billing.bug") == 3
 
 
+def test_charges_that_are_stuck_are_one_outage(said: Said) -> None:
+    """A disk that is full can be read: the journal is looked through, and each charge fails to be written."""
+    for _ in range(3):
+        for number in range(8):
+            said.outage.stuck(JournalError("disk full"), record(f"c{number}"))
+        said.outage.looked()
+        said.time += 10
+    said.outage.looked()
+
+    first, last = said.lines
+    assert "c0" in first
+    assert "recovery failed: disk full" in first
+    assert "tries=3" in last
+    assert said.counted("journal.failed") == 24
+
+
+def test_look_that_was_cut_short_is_one_try(said: Said) -> None:
+    """A charge was stuck, and then nothing could be read at all."""
+    said.outage.stuck(AWAY, record("c0"))
+    said.fail(AWAY)
+    said.fail(AWAY)
+    said.outage.looked()
+    assert "tries=2" in said.lines[-1]
+
+
 def test_next_outage_is_said_again(said: Said) -> None:
     """It is another one; and where there was none, nothing is over."""
-    said.outage.over()
+    said.outage.looked()
     assert said.lines == []
     for _ in range(2):
         said.fail(AWAY, 2)
-        said.outage.over()
+        said.outage.looked()
     assert [line.split()[0] for line in said.lines] == ["journal.failed", "recovery.resumed"] * 2

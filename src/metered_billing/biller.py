@@ -239,7 +239,7 @@ class Biller:
             except asyncio.CancelledError:
                 # The write may still land, or fail; nothing was sent, and nothing will be.
                 unsent = NotSent("cancelled before it was sent")
-                self._settler.spawn(record.id, self._settler.follow(record, unsent, opened=False))
+                self._settler.spawn(record, self._settler.follow(record, unsent, opened=False))
                 raise
             except JournalError as error:
                 # It may be on record all the same: then recovery finds and voids it, which moves nothing.
@@ -249,7 +249,7 @@ class Biller:
             except BaseException as error:
                 # Cancelled, or a bug in a backend: the request may be out already.
                 unknown = Unknown(f"{type(error).__name__} while it was under way")
-                self._settler.spawn(record.id, self._settler.follow(record, unknown))
+                self._settler.spawn(record, self._settler.follow(record, unknown))
                 if isinstance(error, Exception):
                     _say_why(operation, "unknown", unknown.reason)
                     self._telemetry.log(names.LOG_UNAVAILABLE, record, exc_info=error)
@@ -260,7 +260,7 @@ class Biller:
                 operation.note(names.BALANCE, answer.balance)
             if not isinstance(answer, Deducted):
                 _say_why(operation, type(answer).__name__.lower(), after.reason or "")
-                self._settler.spawn(record.id, self._settler.follow(record, answer))
+                self._settler.spawn(record, self._settler.follow(record, answer))
                 raise self._refusal(after, answer)
             operation.note(names.TRANSACTION_ID, answer.transaction_id)
             # Whatever becomes of it now, the credits have moved.
@@ -286,7 +286,7 @@ class Biller:
             won = await self._soon(self._journal.write(record, after, durable=False))
         except asyncio.CancelledError:
             # The write is in the queue already, so this one comes behind it.
-            self._settler.spawn(record.id, self._settler.follow(after, Lost("cancelled before the route ran")))
+            self._settler.spawn(record, self._settler.follow(after, Lost("cancelled before the route ran")))
             raise
         except JournalError as error:
             # On record it is still opened, so recovery voids it.
@@ -299,9 +299,9 @@ class Biller:
 
     def _not_on_record(self, record: Record, operation: Operation, error: JournalError) -> CreditsUnavailable:
         """Leave the charge to recovery, and say why the route does not run."""
-        self._settler.leave(record)
         _say_why(operation, "journal", f"journal: {error}")
-        self._telemetry.log(names.LOG_JOURNAL_FAILED, record, exc_info=error)
+        self._settler.complain(record, error)
+        self._settler.leave(record)
         return CreditsUnavailable(1)
 
     def _catch_up(self, charge: Charge, record: Record, after: Record) -> None:
@@ -315,13 +315,13 @@ class Biller:
         try:
             written = asyncio.ensure_future(self._journal.write(record, after, durable=False))
         except Exception as error:
-            self._telemetry.log(names.LOG_JOURNAL_FAILED, after, exc_info=error)
+            self._settler.complain(after, error)
         else:
             written.add_done_callback(functools.partial(self._caught_up, after))
 
     def _caught_up(self, after: Record, written: "asyncio.Future[bool]") -> None:
         if not written.cancelled() and (error := written.exception()) is not None:
-            self._telemetry.log(names.LOG_JOURNAL_FAILED, after, exc_info=error)
+            self._settler.complain(after, error)
 
     def _soon(self, write: Awaitable[T]) -> Awaitable[T]:
         """How a write to the journal went, unless that takes too long: a disk that hangs must not hang requests.
@@ -374,8 +374,8 @@ class Biller:
         first outcome counts; further ones are ignored.
         """
         self._begin_outcome(charge, event)
-        written = charge._written
-        if written is None or written.done():
+        record, written = charge._record, charge._written
+        if record is None or written is None or written.done():
             return
         # Not the write itself, which a cancellation of the request would take along. How it went is for `release`
         # to look at; here it only has to be over.
@@ -385,7 +385,7 @@ class Biller:
         self._watch(over, _give_up)
         await over
         if not written.done():
-            self._telemetry.log(names.LOG_JOURNAL_FAILED, charge._record, reason=f"no outcome in {JOURNAL_WITHIN_S} s")
+            self._settler.complain(record, reason=f"no outcome in {JOURNAL_WITHIN_S} s")
 
     def release(self, charge: Charge, event: Event) -> None:
         """The response is over, one way or the other: settle in the background.
@@ -402,14 +402,14 @@ class Biller:
             return
         if written is not None and not written.done():
             written.add_done_callback(_seen)
-            self._settler.spawn(charge.id, self._settle(charge, record, written))
+            self._settler.spawn(record, self._settle(charge, record, written))
             return
         # As nearly always: `conclude` has waited for it. What is over needs no task.
         due = self._told(charge, record)
         if due is None:
             self._settler.leave(record)
         else:
-            self._settler.spawn(charge.id, self._settler.drive(due, charge._span))
+            self._settler.spawn(record, self._settler.drive(due, charge._span))
 
     def _begin_outcome(self, charge: Charge, event: Event) -> None:
         """Queue the one write of the outcome. From here on a cancellation cannot change it."""
@@ -422,7 +422,7 @@ class Biller:
             charge._outcome = after
         except Exception as error:
             # A full queue, a closed journal, or a bug: the response goes out, and recovery refunds all.
-            self._telemetry.log(names.LOG_JOURNAL_FAILED, record, exc_info=error)
+            self._settler.complain(record, error)
 
     async def _settle(self, charge: Charge, record: Record, written: "asyncio.Future[bool]") -> None:
         with contextlib.suppress(Exception):
@@ -449,7 +449,7 @@ class Biller:
             won = written.result()
         except (Exception, asyncio.CancelledError) as error:  # cancelled with its loop, where the journal has tasks
             # On record it is still deducted: recovery refunds all, once the journal works again.
-            self._telemetry.log(names.LOG_JOURNAL_FAILED, record, span=span, exc_info=error)
+            self._settler.complain(record, error, span=span)
             self._end(span, record, "journal")
             return None
         if not won:

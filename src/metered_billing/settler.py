@@ -98,6 +98,8 @@ class Settler:
         self._starting = 0
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopTasks] = weakref.WeakKeyDictionary()
         self._reported: dict[str, str] = {}
+        # Of those that are being seen to, the ones of which it is said that the journal failed.
+        self._complained: set[str] = set()
         self._outage = Outage(telemetry, runtime.monotonic)
         with _TOGETHER:
             _SETTLERS.add(self)
@@ -137,6 +139,7 @@ class Settler:
         for live in [other._live for other in self._together()]:
             for charge_id in [charge_id for charge_id, at in list(live.items()) if at.is_closed()]:
                 live.pop(charge_id, None)
+        self._complained.intersection_update(list(self._live))
         here = self._loops[loop] = LoopTasks(self._runtime.monotonic)
         self._journal.resume()  # it may have been put to rest on another loop, or by another app
         if self._inline:
@@ -241,14 +244,27 @@ class Settler:
 
     def leave(self, record: Record) -> None:
         """Nobody here sees to the charge any more: recovery goes by what is on record."""
-        self._live.pop(record.id, None)
+        self._gone(record.id)
 
-    def spawn(self, charge_id: str, work: Coroutine[Any, Any, object]) -> None:
+    def _gone(self, charge_id: str) -> None:
+        self._live.pop(charge_id, None)
+        self._complained.discard(charge_id)
+
+    def complain(
+        self, record: Record, error: BaseException | None = None, *, span: Span | None = None, **fields: str
+    ) -> None:
+        """Say that the journal failed at a charge: once while it is seen to, however many of its writes fail."""
+        if record.id in self._complained:
+            return
+        self._complained |= {record.id} & self._live.keys()
+        self._telemetry.log(names.LOG_JOURNAL_FAILED, record, span=span, exc_info=error, **fields)
+
+    def spawn(self, record: Record, work: Coroutine[Any, Any, object]) -> None:
         """Run `work` in a task of our own, which nobody's cancellation reaches but the drain's."""
 
         def over(task: Any = None) -> None:
             work.close()  # it may have been cancelled before it began
-            self._live.pop(charge_id, None)
+            self._gone(record.id)
             if here is not None:
                 here.tasks.discard(task)
 
@@ -267,12 +283,12 @@ class Settler:
             try:
                 await work
             except JournalError as error:
-                self._telemetry.log(names.LOG_JOURNAL_FAILED, exc_info=error, charge_id=charge_id)
+                self.complain(record, error)
             except Exception as error:
                 # A bug of ours: recovery goes by what is on record.
-                self._telemetry.log(names.LOG_BUG, exc_info=error, charge_id=charge_id)
+                self._telemetry.log(names.LOG_BUG, record, exc_info=error)
 
-        task = loop.create_task(run(), name=f"metered-billing {charge_id}")
+        task = loop.create_task(run(), name=f"metered-billing {record.id}")
         here.tasks.add(task)
         task.add_done_callback(over)
 
@@ -455,7 +471,7 @@ class Settler:
                 except Exception as error:
                     # The journal; or a bug. One record's stands in nobody's way; so many end the round.
                     failed += 1
-                    self._telemetry.log(names.LOG_JOURNAL_FAILED, record, exc_info=error)
+                    self._outage.stuck(error, record)
                 else:
                     reachable = reachable and (answer is None or answer.sent)
 
@@ -499,7 +515,7 @@ class Settler:
         try:
             await self._look_through(now)
             self._telemetry.recovered("ok")
-            self._outage.over()
+            self._outage.looked()
         except Exception as error:
             self._outage.failed(error)
 
@@ -519,7 +535,7 @@ class Settler:
                         wait_s = min(due - self._runtime.now(), wait_s)
                     self._telemetry.recovered("ok")
                     if whole:
-                        self._outage.over()
+                        self._outage.looked()
                 except Exception as error:
                     self._outage.failed(error)
                 outages = 0 if reachable else outages + 1

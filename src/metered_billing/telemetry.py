@@ -280,7 +280,7 @@ class Telemetry:
 
     # Logs.
 
-    def again(self, event: str) -> None:
+    def again(self, event: str, record: Record | None, *, reason: str) -> None:
         """What was logged before goes on: it is counted, so that an alert lasts, and not logged."""
         self._anomalies.add(1, {names.EVENT: event})
 

@@ -395,10 +395,10 @@ def settling_is_not_shielded() -> Iterator[None]:
     """What settles a charge is not cancelled with its request."""
     spawn = Settler.spawn
 
-    def broken(self: Any, charge_id: str, work: Any) -> None:
+    def broken(self: Any, record: Record, work: Any) -> None:
         request = asyncio.current_task()
         if request is None or not request.cancelling():
-            spawn(self, charge_id, work)
+            spawn(self, record, work)
         else:
             work.close()
 

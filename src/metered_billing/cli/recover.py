@@ -72,6 +72,9 @@ class Watching(Telemetry):
             name = str(fields.get("unusable") or (record.id if record is not None else event))
             self.troubles[name] = str(fields.get("reason") or exc_info)
 
+    def again(self, event: str, record: Record | None, *, reason: str) -> None:
+        self.log(event, record, reason=reason)
+
     def _room(self) -> bool:
         return len(self.waits) < LISTED
 

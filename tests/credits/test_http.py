@@ -37,7 +37,7 @@ from metered_billing.charge import (
     Voided,
 )
 from metered_billing.credits.connections import MAX_REPLY_BYTES
-from metered_billing.credits.contract import Call, Contract, Reply
+from metered_billing.credits.contract import Call, Contract, Page, Reply
 from metered_billing.credits.http import MAX_PAGES, HttpCredits
 from metered_billing.runtime import Runtime
 from metered_billing.telemetry import Telemetry
@@ -1154,6 +1154,33 @@ class TestContractsOfOthers:
 
         service.route().respond(200)
         assert await client(contract=Careless()).deduct(record()) == answer
+
+    @pytest.mark.parametrize("operation", ["refund", "void", "find"])
+    async def test_reader_of_what_is_undone_that_is_careless(
+        self, client: Client, service: respx.MockRouter, operation: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """It is asked again, and the log names the mapping: nobody looks for a bug of the library's."""
+
+        class Careless(Contract):
+            def read_refund(self, record: Record, reply: Reply) -> Any:
+                return None
+
+            def read_void(self, record: Record, reply: Reply) -> Any:
+                return True
+
+            def read_transactions(self, reply: Reply) -> Page | None:
+                return Page([], None)
+
+            def find(self, record: Record, page: Page) -> Any:
+                return Found(7)  # type: ignore[arg-type]
+
+        service.route().respond(200)
+        asked = record(transaction_id="tx-1", refund_credits=2, reason="failed items")
+        got = await getattr(client(contract=Careless()), operation)(asked)
+        assert got == Unanswered("TypeError in the credits client")
+        (logged,) = [each for each in caplog.records if each.getMessage().startswith("billing.misconfigured")]
+        assert logged.exc_info is not None
+        assert f"{'find' if operation == 'find' else f'read_{operation}'} returned" in str(logged.exc_info[1])
 
     async def test_token_and_key_in_other_headers(self, client: Client, service: respx.MockRouter) -> None:
         """And in none that the service does not know."""

@@ -30,6 +30,7 @@ from metered_billing.charge import (
     DeductAnswer,
     Deducted,
     FindAnswer,
+    Found,
     NoLookup,
     NotFound,
     NotSent,
@@ -291,7 +292,10 @@ class HttpCredits:
         outcome = await self._undo("refund", record, self._contract.refund(record))
         if isinstance(outcome, Silence):
             return _unanswered(outcome)
-        return self._with_patience(outcome, self._contract.read_refund(record, outcome))
+        answer = self._contract.read_refund(record, outcome)
+        if not isinstance(answer, RefundAnswer):
+            raise _no_answer("read_refund", answer)
+        return self._with_patience(outcome, answer)
 
     async def _void(self, record: Record) -> VoidAnswer:
         call = self._contract.void(record)
@@ -300,7 +304,10 @@ class HttpCredits:
         outcome = await self._undo("void", record, call)
         if isinstance(outcome, Silence):
             return _unanswered(outcome)
-        return self._with_patience(outcome, self._contract.read_void(record, outcome))
+        answer = self._contract.read_void(record, outcome)
+        if not isinstance(answer, VoidAnswer):
+            raise _no_answer("read_void", answer)
+        return self._with_patience(outcome, answer)
 
     async def _undo(self, operation: str, record: Record, call: Call) -> Reply | Silence:
         if record.tries == 0:
@@ -323,6 +330,10 @@ class HttpCredits:
             if page is None:
                 return self._with_patience(outcome, Unanswered(f"no transactions ({outcome})"))
             answer = self._contract.find(record, page)
+            if not isinstance(answer, FindAnswer):
+                raise _no_answer("find", answer)
+            if isinstance(answer, Found) and not _is_id(answer.transaction_id):
+                raise _no_id("find")
             cursor = page.next_cursor
             if not isinstance(answer, NotFound) or cursor is None:
                 return answer
@@ -499,12 +510,20 @@ def _checked(answer: DeductAnswer) -> DeductAnswer:
         TypeError: It is no answer.
     """
     if not isinstance(answer, DeductAnswer):
-        raise TypeError(f"read_deduction returned {type(answer).__name__}, which is no answer")
+        raise _no_answer("read_deduction", answer)
     if isinstance(answer, Deducted) and not _is_id(answer.transaction_id):
-        raise TypeError("read_deduction returned a transaction whose id is no text of 1 to 255 characters")
+        raise _no_id("read_deduction")
     if isinstance(answer, Deducted | Declined) and type(answer.balance) is not int and answer.balance is not None:
         return replace(answer, balance=None)
     return answer
+
+
+def _no_answer(reader: str, answer: object) -> TypeError:
+    return TypeError(f"{reader} returned {type(answer).__name__}, which is no answer")
+
+
+def _no_id(reader: str) -> TypeError:
+    return TypeError(f"{reader} returned a transaction whose id is no text of 1 to 255 characters")
 
 
 def _is_id(value: object) -> bool:

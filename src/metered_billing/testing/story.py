@@ -44,7 +44,7 @@ def pending(record: Record) -> str:
     account = told(record.account.tenant_id, record.account.user_id)
     due = {
         State.OPENED: "its deduction has no answer yet",
-        State.DEDUCTED: "its request is running still, or has ended without an outcome",
+        State.DEDUCTED: "its request is running still, or its app was killed: the next one to start gives it back",
         State.REFUNDING: f"{in_words(record.refund_credits)} to be refunded; tried {record.tries} x",
         State.VOIDING: f"its deduction is to be undone; tried {record.tries} x",
     }

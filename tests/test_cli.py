@@ -283,14 +283,21 @@ class TestUsage:
         assert re.search(r"repeat it with --key cli-[-0-9a-f]{36}", done.err)
 
     @pytest.mark.parametrize(
-        "content", [b"<html>", b"[]", b'{"hello": "world"}', b'{"balance":"NaN","items":[{"id":1}]}']
+        ("status", "content"),
+        [
+            (200, b"<html>"),
+            (200, b"[]"),
+            (200, b'{"hello": "world"}'),
+            (200, b'{"balance":"NaN","items":[{"id":1}]}'),
+            (404, b'{"detail":"Not Found"}'),  # a service behind a mapping: these are words of its framework's
+        ],
     )
-    def test_something_else_than_a_service(self, run: Any, content: bytes) -> None:
+    def test_something_else_than_a_service(self, run: Any, status: int, content: bytes) -> None:
         """A sentence, and no guess at what it means."""
 
         class Elsewhere(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.send_response(200)
+                self.send_response(status)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)

@@ -104,9 +104,14 @@ class _Service:
             document = response.json()
         except (ValueError, RecursionError):
             document = None
-        if not isinstance(document, dict):
-            why = f"{where} answers {response.status_code}, and not as a credits service does."
-            raise Failure(why, in_doubt=True)
+        if not isinstance(document, dict) or (
+            response.status_code in (404, 405, 501) and not str(document.get("type")).startswith(TYPE_PREFIX)
+        ):
+            raise Failure(
+                f"{where} answers {response.status_code}, and not as a credits service does. It was asked by the "
+                "credits API: its URL goes without /v1, and a service behind a mapping cannot be asked.",
+                in_doubt=True,
+            )
         if response.status_code == 401:
             raise Failure(f"{where} does not accept the token: set METERED_BILLING_TOKEN or --token.")
         if absent is not None and document.get("type") == absent:

@@ -6,9 +6,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
 from pydantic import SecretStr, ValidationError
 
-from metered_billing import HttpCredits, Settings, SqlCredits
+from metered_billing import HttpCredits, MeteredBillingMiddleware, Settings, SqlCredits
 from metered_billing.journal.postgres import PostgresJournal
 from metered_billing.journal.sqlite import SqliteJournal
 from metered_billing.runtime import Runtime
@@ -115,3 +116,21 @@ def test_database_without_its_driver_says_what_to_install() -> None:
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
     assert run.stdout.count("pip install 'metered-billing[postgres]'") == 2
     assert "hunter2" not in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "settle"),
+    [
+        ({}, "background"),
+        ({"AWS_LAMBDA_FUNCTION_NAME": "app"}, "inline"),
+        ({"AWS_LAMBDA_FUNCTION_NAME": "app", "METERED_BILLING_SETTLE": "background"}, "background"),
+    ],
+)
+def test_settling_is_inline_by_itself_on_aws_lambda(
+    environment: dict[str, str], settle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left for later there waits for the next request; who asks for that all the same gets it."""
+    monkeypatch.delenv("AWS_LAMBDA_FUNCTION_NAME", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert MeteredBillingMiddleware(FastAPI(), credits="sqlite:///x.db", account=lambda: None).settle == settle

@@ -41,6 +41,11 @@ IN_SSM = frozenset({"credits", "token", "journal"})
 _ABSENT: Any = object()
 
 
+def _settle_where_we_are() -> Literal["background", "inline"]:
+    """On AWS Lambda nothing may be left for later, as a process is frozen between requests."""
+    return "inline" if "AWS_LAMBDA_FUNCTION_NAME" in os.environ else "background"
+
+
 class Settings(BaseSettings):
     """What the middleware needs to know.
 
@@ -53,7 +58,8 @@ class Settings(BaseSettings):
             `postgresql://…` for one that several processes share.
         token: The credits service's bearer token.
         journal: The directory of the journal (a path, or `sqlite:///DIRECTORY`), or `postgresql://…`.
-        settle: When refunds and voids go out: in the "background", or "inline", before the request is over.
+        settle: When refunds and voids go out: in the "background", or "inline", before the request is over;
+            the latter by itself on AWS Lambda.
         ssm_prefix: Where in SSM: `/metered-billing/prod` has the parameters `/metered-billing/prod/token` and so on.
 
     Raises:
@@ -69,7 +75,7 @@ class Settings(BaseSettings):
     credits: str | None = Field(default=None, repr=False)
     token: SecretStr | None = None
     journal: str = Field(default="metered-billing-journal", repr=False)
-    settle: Literal["background", "inline"] = "background"
+    settle: Literal["background", "inline"] = Field(default_factory=_settle_where_we_are)
     ssm_prefix: str | None = None
 
     _found: Mapping[str, Found] = PrivateAttr(default_factory=dict)

@@ -167,7 +167,7 @@ def test_instance_that_is_frozen_and_killed_costs_nobody_anything(
         "METERED_BILLING_CREDITS": between.url,
         "METERED_BILLING_TOKEN": TOKEN,
         "METERED_BILLING_JOURNAL": pg_url,
-        "METERED_BILLING_SETTLE": "inline",
+        "AWS_LAMBDA_FUNCTION_NAME": "cutouts",  # so that settling is inline
         "METERED_BILLING_DEMO_CUTOUT": "flood",
         "METERED_BILLING_DEMO_IMAGES": str(tmp_path / "images"),
     }

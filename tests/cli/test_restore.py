@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from metered_billing import SqlCredits
-from metered_billing.charge import Deducted, Record, Refunded, Reported, step
+from metered_billing.charge import Deducted, Record, Refunded, Reported, Unknown, Voided, step
 from tests.scenes import charge, keep
 
 JOURNAL = Path("metered-billing-journal")
@@ -67,6 +67,51 @@ def test_restored_ledger_gives_back_nothing_that_it_did_not_take(run: Any) -> No
     }
     assert not isinstance(asyncio.run(late(records["asked"])), Deducted)
     assert run("balance", "--tenant", "acme", "--user", "ann", CREDITS=LEDGER).out == "acme / ann: 100 credits\n"
+
+
+def test_refunds_and_voids_since_the_backup_are_named_and_can_be_repeated(run: Any) -> None:
+    """The journal has them as done, so nothing repeats them by itself; under their keys they take effect once."""
+    run("grant", "100", "--tenant", "acme", "--user", "ann", "--reason", "test", CREDITS=LEDGER)
+    records = asyncio.run(deducted_before_the_backup(run))
+    assert run("reconcile", CREDITS=LEDGER).code == 0
+    Path("copy.db").rename("credits.db")
+    for lost in Path().glob("credits.db-*"):
+        lost.unlink()
+
+    assert run("recover", CREDITS=LEDGER).out == "Nothing is left.\n"
+    found = json.loads(run("reconcile", "--json", CREDITS=LEDGER).out)
+    assert [each["kind"] for each in found["differences"]] == ["not refunded", "not undone"]
+    assert f"by the refund {records[0].id}:refund" in run("explain", records[0].id).out
+    for _ in range(2):
+        asyncio.run(repeated(*records))
+        assert run("reconcile", CREDITS=LEDGER).out.startswith("0 differences: 2 charges")
+        assert run("balance", "--tenant", "acme", "--user", "ann", CREDITS=LEDGER).out == "acme / ann: 93 credits\n"
+
+
+async def deducted_before_the_backup(run: Any) -> tuple[Record, Record]:
+    """One charge that was refunded in part since, and one whose answer was lost and that was voided since."""
+    credits = SqlCredits("credits.db")  # noqa: A001
+    failed, unknown = charge(), charge()
+    refunding = step(await taken(credits, failed), Reported(7), now=time.time())
+    await credits.deduct(unknown)
+    assert (await asyncio.to_thread(run, "backup", "copy.db")).code == 0
+    await credits.aclose()
+    refunded, voided = await repeated(refunding, unknown)
+    settled = step(refunding, refunded, now=time.time())
+    undone = step(step(unknown, Unknown("lost"), now=time.time()), voided, now=time.time())
+    await keep(JOURNAL, [settled, undone], realm=credits.realm)
+    return settled, undone
+
+
+async def repeated(settled: Record, undone: Record) -> tuple[Refunded, Voided]:
+    credits = SqlCredits("credits.db")  # noqa: A001
+    try:
+        refunded, voided = await credits.refund(settled), await credits.void(undone)
+    finally:
+        await credits.aclose()
+    assert isinstance(refunded, Refunded)
+    assert isinstance(voided, Voided)
+    return refunded, voided
 
 
 async def late(record: Record) -> object:

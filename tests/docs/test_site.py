@@ -204,3 +204,34 @@ def test_site_is_searched_in_a_browser_that_asks_no_other_host(site: Path) -> No
     assert "tombstone" in found.lower(), page.url
     assert faults == []
     assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
+
+
+@pytest.mark.slow
+def test_what_is_copied_off_a_console_can_be_pasted_into_a_shell(site: Path) -> None:
+    """Its commands alone, whole: no prompt, nothing of what they print. A program is copied as it is."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here, and it could not be installed: apt-get install chromium")
+    with served(site) as address, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(ARGUMENTS))
+        page = browser.new_context(permissions=["clipboard-read", "clipboard-write"]).new_page()
+        page.goto(f"{address}/tutorial.html")
+
+        def copied(block: str) -> str:
+            page.evaluate("navigator.clipboard.writeText('')")
+            page.locator(".highlight", has_text=block).first.get_by_role("button").click()
+            for _ in range(100):
+                if text := page.evaluate("navigator.clipboard.readText()"):
+                    return str(text)
+                page.wait_for_timeout(50)
+            raise AssertionError("nothing was copied")
+
+        assert [line for line in copied("credits granted, 5 credits now").splitlines() if line] == [
+            "export METERED_BILLING_CREDITS=sqlite:///credits.db",
+            "metered-billing grant 5 --tenant acme --user ann --reason welcome",
+        ]
+        assert copied('"xyzzy"').splitlines() == [
+            "curl -si localhost:8000/translate -H 'Authorization: Bearer ann' \\",
+            """    -H 'Content-Type: application/json' -d '{"words": ["cat", "dog", "xyzzy"]}'""",
+        ]
+        assert copied("FRENCH") == (DOCS / "examples" / "translate.py").read_text(encoding="utf-8").rstrip()
+        browser.close()

@@ -1,6 +1,7 @@
 """An app under Mangum: each shape of event is charged for right, and an answer leaves nothing under way."""
 
 import asyncio
+import binascii
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,6 +114,16 @@ def instance(tmp_path: Path, loop: asyncio.AbstractEventLoop) -> Iterator[Instan
     instance = Instance(tmp_path, loop)
     yield instance
     instance.close()
+
+
+def test_event_that_is_no_request_raises_and_moves_nothing(instance: Instance) -> None:
+    """A ping that keeps an instance warm; a body that is not what its event says."""
+    with pytest.raises(RuntimeError, match="unable to infer a handler"):
+        instance({"warmer": True})
+    event = SHAPES["http-api"]("POST", "/lines", "", b"{}", content_type="application/json")
+    with pytest.raises(binascii.Error):
+        instance({**event, "body": "{}x", "isBase64Encoded": True})
+    assert instance.ledger() == []
 
 
 @pytest.mark.parametrize("shape", SHAPES)

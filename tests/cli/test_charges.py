@@ -3,20 +3,39 @@
 import asyncio
 import json
 import sqlite3
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from starlette.applications import Starlette
 
 from metered_billing import SqlCredits
-from metered_billing.charge import Declined, Deducted, Record, Refunded, Reported, Unread
+from metered_billing.charge import (
+    Declined,
+    Deducted,
+    Event,
+    Record,
+    Refunded,
+    Refused,
+    Reported,
+    Unknown,
+    Unread,
+    Voided,
+)
+from metered_billing.ledger import Ledger
 from metered_billing.runtime import new_uuid7
+from metered_billing.service import Tokens, create_app
+from tests.docs.sandbox import serving_thread
 from tests.scenes import ANN, charge, keep
 from tests.serving import free_port
 
 JOURNAL = "metered-billing-journal"
+API = "metered_billing.credits.contract:Contract"
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 SETTLED = charge(Deducted("t-1"), Reported(8, ("img-3", "img-7")), Refunded(), request_id="req-1")
 DECLINED = charge(Declined(3), request_id="req-2")
@@ -25,7 +44,7 @@ OPENED = charge(request_id="req-1")
 
 
 def kept(*records: Record) -> None:
-    asyncio.run(keep(Path(JOURNAL), records))
+    asyncio.run(keep(Path(JOURNAL), records, realm="the-app's" if records[0] is SETTLED else ""))
 
 
 def in_the_ledger(record: Record, *, refund: int) -> Record:
@@ -44,6 +63,14 @@ def in_the_ledger(record: Record, *, refund: int) -> Record:
 
     transaction_id = asyncio.run(book())
     return charge(Deducted(transaction_id), Reported(8, ("img-3",)), Refunded(), id=record.id, request_id="req-9")
+
+
+async def another_charge() -> None:
+    """Something that its account's list has besides."""
+    credits = SqlCredits("credits.db")  # noqa: A001 - the field's word
+    await credits.grant("acme", "ann", amount=10, reason="test", idempotency_key=new_uuid7())
+    assert isinstance(await credits.deduct(charge()), Deducted)
+    await credits.aclose()
 
 
 class TestBadInput:
@@ -239,5 +266,132 @@ class TestExplain:
         """It says so."""
         kept(SETTLED)
         done = run("explain", "req-1", "--credits", "sqlite:///credits.db")
-        assert "no such transaction: no deduction" in done.out
+        assert "no such transaction. The journal has the answer: 10 credits were taken, at the-app's." in done.out
+        assert "name it (--credits). If not, the service's ledger has lost it" in done.out
         assert done.code == 3
+
+    @pytest.mark.parametrize("record", [charge(Deducted("t-1")), DISPUTED], ids=lambda record: record.state)
+    def test_what_is_confirmed_has_to_be_there(self, run: Any, record: Record) -> None:
+        """Also while there is nothing to compare yet: somebody has to look, and JSON says so."""
+        kept(record)
+        done = run("explain", record.id, "--json", "--credits", "sqlite:///credits.db")
+        (item,) = json.loads(done.out)["items"]
+        assert (done.code, item["service"]["agrees"], item["service"]["entries"]) == (3, False, [])
+        assert "where the app's credits are" in item["service"]["verdict"]
+
+    @pytest.mark.parametrize(
+        ("events", "words"),
+        [
+            ((), "nothing was taken so far. If it arrives late it is undone"),
+            ((Unknown("ReadTimeout"),), "nothing was taken so far. If it arrives late it is undone"),
+            ((Unknown("ReadTimeout"), Voided()), "nothing was taken: journal and service agree"),
+            ((Declined(3),), "nothing was taken: journal and service agree"),
+            ((Unknown("ReadTimeout"), Refused("no")), "nothing was taken, and there is nothing to give back"),
+        ],
+        ids=["opened", "voiding", "voided", "declined", "disputed"],
+    )
+    def test_deduction_without_an_answer_that_never_arrived(
+        self, run: Any, events: tuple[Event, ...], words: str
+    ) -> None:
+        """Its key tells: what is known, and what is not."""
+        kept(record := charge(*events))
+        asyncio.run(another_charge())
+        done = run("explain", record.id, "--credits", "sqlite:///credits.db")
+        assert f"service  no deduction under the key of this charge: {words}" in done.out
+
+    @pytest.mark.parametrize(
+        ("events", "code", "words"),
+        [
+            ((Unknown("ReadTimeout"),), 3, "of which the journal has no answer: nothing to compare yet"),
+            ((Unknown("ReadTimeout"), Voided()), 3, "not undone: the journal has voided; the service took 10 and gave"),
+        ],
+        ids=["voiding", "voided"],
+    )
+    def test_deduction_without_an_answer_that_arrived(
+        self, run: Any, events: tuple[Event, ...], code: int, words: str
+    ) -> None:
+        """The service has its transaction, which the journal never heard of."""
+        record = charge()
+        in_the_ledger(record, refund=0)
+        asyncio.run(another_charge())
+        kept(charge(*events, id=record.id))
+        done = run("explain", record.id, "--credits", "sqlite:///credits.db")
+        assert "service  10 credits kept in " in done.out
+        assert words in done.out
+        assert done.code == code
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """The reference service, and a transaction of it, the deduction of `there`."""
+    ledger = Ledger(tmp_path_factory.mktemp("service") / "credits.db")
+    body = {"tenant_id": "acme", "user_id": "ann", "amount": 10}
+    with serving_thread(create_app(ledger, Tokens({"t": "admin"})), port := free_port()):
+        url = f"http://127.0.0.1:{port}"
+        with httpx.Client(base_url=url, headers={"Authorization": "Bearer t"}, verify=False) as client:
+            grant = {**body, "reason": "test"}
+            assert client.post("/v1/grants", json=grant, headers={"Idempotency-Key": "g"}).status_code == 201
+            done = client.post("/v1/deductions", json=body, headers={"Idempotency-Key": "there"}).json()
+        yield url, str(done["transaction_id"])
+
+
+class TestExplainThroughAMapping:
+    """A service of another shape has no transactions in the words of the credits API."""
+
+    def explain(self, run: Any, url: str, record: Record, contract: str = API) -> Any:
+        kept(record)
+        return run("explain", record.id, "--credits", url, "--token", "t", "--contract", contract)
+
+    @pytest.mark.parametrize(
+        ("charge_id", "transaction_id", "code", "words"),
+        [
+            ("there", "{}", 0, "the deduction is there, {}. What came back of it, a mapping does not say"),
+            ("there", "other", 3, "other deduction: the journal has transaction other, the service {}"),
+            ("missing", "t-1", 3, "no such transaction. The journal has the answer"),
+        ],
+    )
+    def test_deduction_is_looked_for(
+        self, run: Any, service: tuple[str, str], charge_id: str, transaction_id: str, code: int, words: str
+    ) -> None:
+        """By its key, and that is all that a mapping can tell."""
+        url, there = service
+        done = self.explain(run, url, charge(Deducted(transaction_id.format(there)), Reported(10), id=charge_id))
+        assert done.code == code
+        assert words.format(there) in done.out
+
+    def test_deduction_that_the_journal_has_no_answer_to(self, run: Any, service: tuple[str, str]) -> None:
+        """It is named."""
+        url, there = service
+        done = self.explain(run, url, charge(Unknown("ReadTimeout"), id="there"))
+        assert f"the deduction is there, {there}, of which the journal has no answer" in done.out
+
+    def test_mapping_without_a_list(self, run: Any, monkeypatch: pytest.MonkeyPatch, service: tuple[str, str]) -> None:
+        """The journal alone tells; that is neither agreement nor a difference."""
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        done = self.explain(run, service[0], SETTLED, "house_credits:HouseCredits")
+        assert done.code == 0
+        assert "no list to look in, so the journal alone says this. Look up t-1 in its own records" in done.out
+
+    @pytest.mark.parametrize(
+        ("url", "contract", "code", "sentence"),
+        [
+            ("http://127.0.0.1:{}", API, 1, "does not say whether it has charge"),
+            ("sqlite:///credits.db", API, 2, "a contract is for credits at an http(s):// URL"),
+        ],
+    )
+    def test_no_answer(self, run: Any, url: str, contract: str, code: int, sentence: str) -> None:
+        """The journal's side is told; then a sentence."""
+        done = self.explain(run, url.format(free_port()), SETTLED, contract)
+        assert (done.code, done.err.count("\n")) == (code, 1)
+        assert "paid 8 credits" in done.out
+        assert sentence in done.err
+
+
+def test_another_service_at_that_address(run: Any) -> None:
+    """What does not speak the credits API is named as that, not as a transaction that is missing."""
+    kept(SETTLED)
+    with serving_thread(Starlette(), port := free_port()):
+        done = run("explain", "req-1", "--credits", f"http://127.0.0.1:{port}")
+    assert done.code == 1
+    assert "answers 404, and not as a credits service does" in done.err
+    assert "paid 8 credits" in done.out

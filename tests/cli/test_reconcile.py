@@ -84,6 +84,7 @@ class TestBadInput:
             ([], 2, "Say where the credits are"),
             (["--credits", "ftp://x"], 2, "not a ledger"),
             (["--credits", LEDGER, "--since", "x"], 2, "--since"),
+            (["--credits", LEDGER, "--contract", "house_credits:HouseCredits"], 2, "a mapping has no list of all"),
             (["--credits", LEDGER, "--journal", "mysql://x:secret@y"], 2, "--journal"),
             (["--credits", LEDGER, "--journal", "nowhere"], 1, "no journal at nowhere"),
             (["--credits", "http://127.0.0.1:1"], 1, "No answer from http://127.0.0.1:1"),

@@ -14,23 +14,24 @@ from rich.text import Text
 from metered_billing.charge import Record, State
 from metered_billing.cli import terminal
 from metered_billing.cli.failure import Failure
+from metered_billing.cli.lookup import Looked, look_up
 from metered_billing.cli.options import (
     ATTENTION,
     JOURNAL,
     AnyTenant,
     AnyUser,
+    ContractName,
     CreditsUrl,
     Journal,
     Since,
     Token,
+    load_contract,
     open_reader,
     read_since,
 )
-from metered_billing.cli.source import Source, open_source
-from metered_billing.explain import Story, as_document, in_words, moment, name_of, story_of
+from metered_billing.explain import Story, as_document, moment, name_of, story_of
 from metered_billing.journal import JournalError
 from metered_billing.journal.reading import JournalReader, Seen, Wanted
-from metered_billing.reconcile import Difference, Entry, compare, entry_of, net_of
 
 TOLD = 100
 """How many charges of one request id are told."""
@@ -113,39 +114,42 @@ def explain(
     journal: Journal = JOURNAL,
     credits_url: CreditsUrl = None,
     token: Token = None,
+    contract: ContractName = None,
     as_json: AsJson = False,
 ) -> None:
     """Tell a charge's whole story: what was asked, deducted, delivered and refunded, when, and why."""
     now = time.time()
+    mapping = load_contract(contract)
     with looking_into(journal) as reader:
         # By the transaction only where nothing else has the name: it is in no index, and all is read for it.
         for wanted in (Wanted(name=name, oldest_first=True), Wanted(transaction_id=name, oldest_first=True)):
             found = list(islice(reader.charges(wanted), TOLD + 1))
             if found:
                 break
-        unusable = complain_of(reader)
+        unusable, realms = complain_of(reader), set(reader.realms)
         if not found:
             raise _not_there(f"charge, no request and no transaction {name}", reader)
     told, more = found[:TOLD], len(found) > TOLD
-    ledger: dict[str, _Looked] = {}
+    service: dict[str, Looked] = {}
     failure = None
     if credits_url:
         try:
-            ledger = asyncio.run(_look_up(credits_url, token, [seen.record for seen in told]))
+            records = [seen.record for seen in told]
+            service = asyncio.run(look_up(credits_url, token, mapping, records, realms))
         except Failure as error:  # what the journal has is told all the same
             failure = error
     if as_json:
-        terminal.say_json({"items": [_told(seen, now, ledger) for seen in told], "more": more})
+        terminal.say_json({"items": [_told(seen, now, service) for seen in told], "more": more})
     else:
         for number, seen in enumerate(told):
             if number:
                 terminal.say("")
-            _tell(seen.record, story_of(seen.record, living=seen.living, now=now), ledger.get(seen.record.id))
+            _tell(seen.record, story_of(seen.record, living=seen.living, now=now), service.get(seen.record.id))
         if more:
             terminal.say(f"\nThere are more charges of {name}: metered-billing charges list --request-id {name}")
     if failure is not None:
         raise failure
-    if unusable or any(seen.worry(now) for seen in told) or any(looked.difference for looked in ledger.values()):
+    if unusable or any(seen.worry(now) for seen in told) or any(looked.agrees is False for looked in service.values()):
         raise typer.Exit(ATTENTION)
 
 
@@ -178,47 +182,6 @@ def _not_there(what: str, reader: JournalReader) -> Failure:
     )
 
 
-# The ledger's side.
-
-
-class _Looked:
-    """What the service has of a charge, and what differs."""
-
-    def __init__(self, record: Record, entries: list[Entry]) -> None:
-        self.entries = entries
-        self.difference: Difference | None = compare(record, entries)
-        self._final = record.final and record.state is not State.DISPUTED
-
-    def verdict(self) -> str:
-        if self.difference is not None:
-            return f"{self.difference.kind}: {self.difference.says}"
-        return "journal and service agree" if self._final else "nothing to compare yet"
-
-
-async def _look_up(url: str, token: str | None, records: list[Record]) -> dict[str, _Looked]:
-    async with open_source(url, token) as source:
-        return {
-            record.id: _Looked(record, await entries_of(source, record.transaction_id))
-            for record in records
-            if record.transaction_id is not None
-        }
-
-
-async def entries_of(source: Source, transaction_id: str) -> list[Entry]:
-    """A deduction and what came back of it; none where the service has no such deduction.
-
-    Raises:
-        Failure: No answer, or not a credits service's.
-    """
-    found = await source.transaction(transaction_id)
-    if found is None:
-        return []
-    try:
-        return [entry_of(found), *map(entry_of, found["refunds"])]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise Failure("That is an answer, but not a credits service's.") from None
-
-
 # What is shown.
 
 
@@ -226,19 +189,11 @@ def _document(seen: Seen, now: float) -> dict[str, Any]:
     return {**as_document(seen.record, living=seen.living), "attention": seen.worry(now)}
 
 
-def _told(seen: Seen, now: float, ledger: dict[str, _Looked]) -> dict[str, Any]:
+def _told(seen: Seen, now: float, service: dict[str, Looked]) -> dict[str, Any]:
     story = story_of(seen.record, living=seen.living, now=now)
     document = {**_document(seen, now), "story": [story.summary, *_lines(story)]}
-    if (looked := ledger.get(seen.record.id)) is not None:
-        document["service"] = {
-            "entries": [
-                {"id": entry.id, "kind": entry.kind, "amount": entry.amount, "created_at": entry.created_at}
-                for entry in looked.entries
-            ],
-            "net": net_of(looked.entries),
-            "agrees": looked.difference is None,
-            "verdict": looked.verdict(),
-        }
+    if (looked := service.get(seen.record.id)) is not None:
+        document["service"] = looked.to_json()
     return document
 
 
@@ -250,7 +205,7 @@ def _lines(story: Story) -> list[str]:
     ]
 
 
-def _tell(record: Record, story: Story, looked: _Looked | None) -> None:
+def _tell(record: Record, story: Story, looked: Looked | None) -> None:
     terminal.say(f"Charge {record.id}, {record.state}: {story.summary}")
     terminal.say("")
     terminal.say_facts(story.facts)
@@ -259,8 +214,7 @@ def _tell(record: Record, story: Story, looked: _Looked | None) -> None:
     terminal.say("")
     outcome = list(story.outcome)
     if looked is not None:
-        kept = f"{in_words(net_of(looked.entries))} kept" if looked.entries else "no such transaction"
-        outcome.append(("service", f"{kept}: {looked.verdict()}"))
+        outcome.append(("service", looked.says))
     terminal.say_facts(outcome)
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,22 +13,19 @@ from rich.text import Text
 
 from metered_billing.charge import Record
 from metered_billing.cli import terminal, textfile
-from metered_billing.cli.charges import entries_of, looking_into
+from metered_billing.cli.charges import looking_into
 from metered_billing.cli.failure import Failure
+from metered_billing.cli.lookup import entries_of, entries_since
 from metered_billing.cli.options import ATTENTION, JOURNAL, AnyTenant, CreditsUrl, Journal, Since, Token, read_since
 from metered_billing.cli.source import Source, open_source
 from metered_billing.explain import moment, timestamp
 from metered_billing.journal.reading import Seen, Wanted
-from metered_billing.ledger.store import MAX_PAGE
 from metered_billing.reconcile import (
     MARGIN_S,
     SLACK_S,
     Difference,
-    Entry,
     Worksheet,
     compare,
-    entry_of,
-    happened_at,
     made_at,
     unknown,
 )
@@ -91,9 +88,17 @@ def reconcile(
     metrics: Annotated[
         Path | None, typer.Option(help="Write the numbers to this file, for Prometheus: a textfile collector's.")
     ] = None,
+    contract: Annotated[str | None, typer.Option(hidden=True, help="Refused: a mapping has no such list.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare the journal with the service's transactions, both ways. Moves nothing; the app may be serving."""
+    if contract is not None:
+        raise Failure(
+            "--contract: a mapping has no list of all transactions in the credits API's words, which this compares."
+            " Compare your service's records with `metered-billing charges list --json`, by transaction id;"
+            " `metered-billing explain --contract` looks for single charges.",
+            2,
+        )
     if not credits_url:
         raise Failure("Say where the credits are: --credits URL, or METERED_BILLING_CREDITS.", 2)
     report = asyncio.run(_compare(journal, credits_url, token, tenant, read_since(since), shared=shared))
@@ -157,29 +162,9 @@ async def _read_service(sheet: Worksheet, source: Source, report: Report, tenant
         bounds = [bound for bound in (oldest, report.known_since) if bound is not None]
         if not bounds:
             continue
-        async for entry in _entries(source, tenant_id, min(bounds) - SLACK_S):
+        async for entry in entries_since(source, tenant_id, None, min(bounds) - SLACK_S):
             if entry.kind != "grant":
                 sheet.add_entry(entry)
-
-
-async def _entries(source: Source, tenant: str, since: float) -> AsyncIterator[Entry]:
-    """The tenant's entries since then, newest first, page by page."""
-    cursor: str | None = None
-    while True:
-        page = await source.transactions(tenant, None, MAX_PAGE, cursor)
-        try:
-            entries = [entry_of(item) for item in page["items"]]
-            following = page["next_cursor"]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise Failure("That is an answer, but not a credits service's.") from None
-        for entry in entries:
-            yield entry
-        oldest = happened_at(entries[-1]) if entries else None
-        if following is None or (oldest is not None and oldest < since):
-            return
-        if not entries or following == cursor:
-            raise Failure("The credits service's pages lead nowhere: it gave an empty page, or the same one twice.")
-        cursor = following
 
 
 async def _look_twice(sheet: Worksheet, source: Source, report: Report) -> None:

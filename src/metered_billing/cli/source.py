@@ -109,7 +109,8 @@ class _Service:
         ):
             raise Failure(
                 f"{where} answers {response.status_code}, and not as a credits service does. It was asked by the "
-                "credits API: its URL goes without /v1, and a service behind a mapping cannot be asked.",
+                "credits API: its URL goes without /v1, and a service behind a mapping is asked by "
+                "`explain --contract` alone.",
                 in_doubt=True,
             )
         if response.status_code == 401:

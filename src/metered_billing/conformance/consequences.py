@@ -37,8 +37,9 @@ def what_happens(report: Report) -> Iterator[tuple[str, str]]:
     if report.mapped:
         yield (
             "comparing the books",
-            "`metered-billing reconcile`, and `explain` with `--credits`, speak the credits API itself. With a "
-            "mapping, compare your service's records with `metered-billing charges list --json`, by transaction id.",
+            "`metered-billing reconcile` speaks the credits API itself. With a mapping, compare your service's records "
+            "with `metered-billing charges list --json`, by transaction id; `metered-billing explain --contract` looks "
+            "for a charge's deduction, where the mapping has a list.",
         )
 
 

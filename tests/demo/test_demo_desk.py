@@ -218,7 +218,7 @@ def test_app_killed_at_work_is_settled_by_the_next_process(demo: Demo) -> None:
     assert all(span["orphan"] or span["depth"] for span in trace["spans"])
     assert told[FAILED].startswith(f"Its process: app pid {first} died before the answer")
     assert told[LATER].startswith(f"Yes: by app pid {demo.pid('app')}, ")
-    (recovery_id,) = summary["linked"]
+    *_, recovery_id = summary["linked"]  # On a busy machine a first try may have had no answer in time.
     recovery = whole(demo, recovery_id, "metered_billing.recover", "metered_billing.refund")
     assert recovery["summary"]["name"] == "recovery"
     assert recovery["summary"]["linked"] == [trace_id]

@@ -52,6 +52,18 @@ class Schema:
             )
         return [statement for step in self.steps[found:] for statement in step]
 
+    def check(self, found: int) -> None:
+        """See that tables in PostgreSQL are as this release needs them.
+
+        Raises:
+            SchemaMismatch: They are of another version; the text says what to do.
+        """
+        if self.due(found):
+            raise SchemaMismatch(
+                f"this {self.what} has schema version {found}, and this release of metered-billing needs version"
+                f" {self.version}: run `metered-billing migrate`, once, before the new release starts"
+            )
+
 
 def prepare_sqlite(connection: sqlite3.Connection, schema: Schema) -> int:
     """Bring the file's tables up to date, within the transaction under way. Returns the version that was found.
@@ -95,11 +107,8 @@ def prepare_postgres(connection: "Connection", schema: Schema, *, migrate: bool 
     row = connection.execute("SELECT version FROM versions WHERE what = %s", (schema.what,)).fetchone()
     found = 0 if row is None else int(row[0])
     statements = schema.due(found)
-    if statements and found and not migrate:
-        raise SchemaMismatch(
-            f"this {schema.what} has schema version {found}, and this release of metered-billing needs version"
-            f" {schema.version}: run `metered-billing migrate`, once, before the new release starts"
-        )
+    if found and not migrate:
+        schema.check(found)
     for statement in statements:
         connection.execute(statement.encode())
     if statements:

@@ -72,7 +72,17 @@ def test_journal_from_dotenv(run: Any) -> None:
     assert run("charges", "list").out == "no charges\n"
     assert "metered-billing-journal" in run("charges", "list", "--journal", "metered-billing-journal").err
     Path(".env").unlink()
-    assert "there is no journal at metered-billing-journal" in run("charges", "list").err
+    missing = run("charges", "list").err
+    assert "there is no journal at metered-billing-journal. Say where the app's journal is" in missing
+
+
+def test_journal_that_cannot_be_read_is_not_looked_for_elsewhere(run: Any) -> None:
+    """It is known where it is."""
+    done = run("charges", "list", "--journal", f"postgresql://me:hunter2@127.0.0.1:{free_port()}/billing")
+    assert done.code == 1
+    assert "/billing cannot be reached: " in done.err
+    assert "Say where" not in done.err
+    assert "hunter2" not in done.err
 
 
 def test_what_is_no_setting_is_said(run: Any) -> None:

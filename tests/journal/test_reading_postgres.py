@@ -48,7 +48,7 @@ class TestBadInput:
             pass
         with psycopg.connect(pg_url, autocommit=True) as connection:
             connection.execute("INSERT INTO metered_billing.versions VALUES ('journal', 99)")
-        with pytest.raises(JournalError, match="version 99"), PostgresReader(pg_url):
+        with pytest.raises(JournalError, match=r"version 99, .*: upgrade metered-billing"), PostgresReader(pg_url):
             pass
 
 

@@ -30,7 +30,7 @@ from metered_billing.cli.options import (
     read_since,
 )
 from metered_billing.explain import Story, as_document, moment, name_of, story_of
-from metered_billing.journal import JournalError
+from metered_billing.journal import JournalError, NoJournal
 from metered_billing.journal.reading import JournalReader, Seen, Wanted
 
 TOLD = 100
@@ -163,8 +163,10 @@ def looking_into(journal: str) -> Iterator[JournalReader]:
     try:
         with open_reader(journal) as reader:
             yield reader
-    except JournalError as error:
+    except NoJournal as error:
         raise Failure(f"{error}. Say where the app's journal is: --journal, or METERED_BILLING_JOURNAL.") from None
+    except JournalError as error:
+        raise Failure(f"{error}.") from None
 
 
 def complain_of(reader: JournalReader) -> bool:

@@ -15,6 +15,10 @@ class JournalError(Exception):
     """The journal could not be opened, read or written."""
 
 
+class NoJournal(JournalError):
+    """There is none at this place, to look into."""
+
+
 class PlaceLost(JournalError):
     """The charge is certainly not on record: others were given this process's place. It has a new one by now,
     and the charge can be opened under that `owner`."""

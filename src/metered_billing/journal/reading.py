@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self
 from urllib.parse import quote
 
 from metered_billing.charge import Record, State
-from metered_billing.journal import JournalError, aside, transaction_in
+from metered_billing.journal import JournalError, NoJournal, aside, transaction_in
 from metered_billing.journal.lock import FileLock
 from metered_billing.journal.sqlite import SCHEMA, _look, record_in
 
@@ -134,7 +134,8 @@ class SqliteReader:
     its log: to open the file itself would mean to recover that log, which is for its next owner to do.
 
     Raises:
-        JournalError: There is no such directory, or it cannot be read.
+        NoJournal: There is no such directory.
+        JournalError: It cannot be read.
     """
 
     known_dead_after_s = 0.0
@@ -160,7 +161,7 @@ class SqliteReader:
 
     def __enter__(self) -> Self:
         if not self._directory.is_dir():
-            raise JournalError(f"there is no journal at {self._directory}")
+            raise NoJournal(f"there is no journal at {self._directory}")
         try:
             copies = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="metered-billing-")))
             for path in aside.live(self._directory):

@@ -5,10 +5,11 @@ from typing import Any, Final, Self
 
 import psycopg
 
-from metered_billing.journal import JournalError, transaction_in
+from metered_billing.journal import JournalError, NoJournal, transaction_in
 from metered_billing.journal.postgres import LEASE_S, SCHEMA, _record
 from metered_billing.journal.reading import PAGE, Seen, Wanted
 from metered_billing.postgres import Connection, _parameters, first_line, place
+from metered_billing.schemas import SchemaMismatch
 
 PATIENCE = "30s"
 """What a page may take."""
@@ -24,7 +25,8 @@ class PostgresReader:
 
     Raises:
         ValueError: It is no such URL; the text shows nothing of it.
-        JournalError: On entering: it cannot be reached, or there is no journal of this version.
+        NoJournal: On entering: there is none.
+        JournalError: On entering: it cannot be reached, or is of another version.
     """
 
     known_dead_after_s = LEASE_S + 2  # and a second look
@@ -55,14 +57,14 @@ class PostgresReader:
             raise JournalError(f"{self._place} cannot be reached: {first_line(error)}") from error
         try:
             if self._read("SELECT to_regclass(%s)", f"{_TABLES}.versions") == [(None,)]:
-                raise JournalError(f"there is no journal at {self._place}")
+                raise NoJournal(f"there is no journal at {self._place}")
             versions = self._read(f"SELECT version FROM {_TABLES}.versions WHERE what = %s", SCHEMA.what)  # noqa: S608
             if not versions:
-                raise JournalError(f"there is no journal at {self._place}")
-            if versions != [(SCHEMA.version,)]:
-                raise JournalError(
-                    f"the journal at {self._place} is of version {versions[0][0]}; this release reads {SCHEMA.version}"
-                )
+                raise NoJournal(f"there is no journal at {self._place}")
+            SCHEMA.check(versions[0][0])
+        except SchemaMismatch as error:
+            self._connection.close()
+            raise JournalError(f"{self._place}: {error}") from error
         except BaseException:
             self._connection.close()
             raise

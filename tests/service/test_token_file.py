@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from metered_billing.service import InvalidTokens, TokenFile, Tokens, open_tokens
+from metered_billing.service import InvalidTokens, TokenFile, Tokens, open_tokens, token_file
 from metered_billing.service.token_file import add_line, remove_token
-from metered_billing.service.tokens import new_token
+from metered_billing.service.tokens import new_token, text_of
 
 
 class Clock:
@@ -41,6 +41,18 @@ def known(tokens: TokenFile, *secrets: str) -> list[bool]:
     return [tokens.find(secret) is not None for secret in secrets]
 
 
+def put(file: Path, text: str) -> None:
+    """Another file in its place."""
+    other = file.with_name("other")
+    other.write_text(text)
+    other.chmod(0o600)
+    other.replace(file)
+
+
+def tells(record: logging.LogRecord) -> bool:
+    return "tokens" in record.getMessage() and "chmod" not in record.getMessage()
+
+
 def aged(file: Path) -> None:
     """As if it had been written a while ago, so that its times can be told apart."""
     past = file.stat().st_mtime - 60
@@ -50,14 +62,16 @@ def aged(file: Path) -> None:
 def test_token_that_is_added_gets_in_and_one_that_is_removed_does_not(
     file: Path, tokens: TokenFile, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Within a second; and the log says which, by their ids."""
+    """Within a second, or two where it was written in place; and the log says which, by their ids."""
     assert known(tokens, "old", "new") == [True, False]
     file.write_text("old *\nnew *\n")
     assert known(tokens, "old", "new") == [True, False]
     clock.now = 1.0
-    assert known(tokens, "old", "new") == [True, True]
-    file.write_text("new *\n")
+    assert known(tokens, "old", "new") == [True, False]
     clock.now = 2.0
+    assert known(tokens, "old", "new") == [True, True]
+    put(file, "new *\n")
+    clock.now = 3.0
     with caplog.at_level(logging.WARNING):
         assert known(tokens, "old", "new") == [False, True]
     old = next(iter(Tokens({"old": "*"})))
@@ -70,12 +84,12 @@ def test_file_is_read_again_only_when_it_has_changed(file: Path, clock: Clock, m
     aged(file)
     tokens = TokenFile(file, monotonic=clock)
     reads: list[Path] = []
-    read = Tokens.read
-    monkeypatch.setattr(Tokens, "read", lambda path: reads.append(path) or read(path))  # type: ignore[func-returns-value]
+    read = text_of
+    monkeypatch.setattr(token_file, "text_of", lambda path: reads.append(path) or read(path))  # type: ignore[func-returns-value]
     for clock.now in (0.5, 1.0, 1.5, 2.0, 3.0):
         assert known(tokens, "old") == [True]
     assert reads == []
-    file.write_text("new *\n")
+    put(file, "new *\n")
     for clock.now in (4.0, 5.0):
         assert known(tokens, "new") == [True]
     assert len(reads) == 2
@@ -99,9 +113,9 @@ def test_file_that_cannot_be_read_changes_nothing(
     (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert "read last" in record.getMessage()
     assert "hush" not in record.getMessage()
-    file.write_text("new *\n")
-    file.chmod(0o600)
-    clock.now = 4.0
+    put(file, "new *\n")
+    for clock.now in (4.0, 5.0):  # a file that was made anew may have the inode of the one that was there
+        known(tokens, "new")
     assert known(tokens, "old", "new") == [False, True]
 
 
@@ -121,11 +135,63 @@ def test_pipe_is_read_once(clock: Clock) -> None:
 def test_file_of_no_tokens_lets_nobody_in(file: Path, tokens: TokenFile, clock: Clock) -> None:
     """Revoking the last token revokes it. To start with none is refused."""
     file.write_text("# none\n")
-    clock.now = 1.0
+    for clock.now in (1.0, 2.0):
+        known(tokens, "old")
     assert known(tokens, "old") == [False]
     assert len(tokens) == 0
     with pytest.raises(InvalidTokens):
         TokenFile(file)
+
+
+@pytest.mark.parametrize("half", ["", "# the app's\n", "old *\nne", "old *\nread", "ne"])
+def test_file_that_is_being_written_changes_nothing_yet(
+    file: Path, tokens: TokenFile, clock: Clock, caplog: pytest.LogCaptureFixture, half: str
+) -> None:
+    """`cat > tokens` empties it first. Half of it may be no token, or one that may do more than it should."""
+    file.write_text(half)
+    clock.now = 1.0
+    assert known(tokens, "old", "ne", "read") == [True, False, False]
+    file.write_text("old *\nnew read:tenant:acme\n")
+    for clock.now in (2.0, 3.0):
+        assert known(tokens, "old") == [True]
+    assert known(tokens, "old", "new") == [True, True]
+    (waited, read) = [record for record in caplog.records if record.levelno >= logging.WARNING and tells(record)]
+    assert waited.levelno == read.levelno == logging.WARNING
+    assert "empty or half written" in waited.getMessage()
+
+
+def test_scope_that_is_cut_off_is_not_taken_for_a_wider_one(file: Path, tokens: TokenFile, clock: Clock) -> None:
+    """`read:tenant:acme` begins with `read`, which sees all tenants."""
+    file.write_text("old *\nnew read")
+    clock.now = 1.0
+    assert known(tokens, "old", "new") == [True, False]
+    file.write_text("old *\nnew read:tenant:acme\n")
+    for clock.now in (2.0, 3.0):
+        known(tokens, "new")
+    found = tokens.find("new")
+    assert found is not None
+    assert found.scope == "read:tenant:acme"
+
+
+@pytest.mark.parametrize("replace", [False, True], ids=["in place", "by mv"])
+def test_operator_can_lock_everybody_out(file: Path, tokens: TokenFile, clock: Clock, replace: bool) -> None:
+    """A file that stays empty counts at the next look."""
+    if replace:
+        put(file, "")
+    else:
+        file.write_text("")
+    clock.now = 1.0
+    assert known(tokens, "old") == [True]
+    clock.now = 2.0
+    assert known(tokens, "old") == [False]
+
+
+def test_token_that_nobody_used_meanwhile_does_not_live_on(file: Path, tokens: TokenFile, clock: Clock) -> None:
+    """The file was emptied in place a minute ago: the first call with it is refused already."""
+    file.write_text("")
+    aged(file)
+    clock.now = 60.0
+    assert known(tokens, "old") == [False]
 
 
 @pytest.mark.parametrize(("mode", "warned"), [(0o600, False), (0o640, True), (0o604, True)])

@@ -18,6 +18,9 @@ LOOK_AGAIN_S = 1.0
 _SETTLED_S = 2.0
 """Younger files may change once more without looking changed: their times are not fine enough."""
 
+_WRITTEN_S = 1.0
+"""Younger files may be half written: they count when they are older, or are the same at the next look."""
+
 _log = logging.getLogger("metered_billing.service")
 
 _Signature = tuple[int, int, int]
@@ -46,6 +49,8 @@ class TokenFile:
         self._signature = _signature(file)
         self._next_look = monotonic() + look_again_s
         self._complaint = ""
+        self._seen: str | None = None
+        self._number = _number_of(file)
         self._tokens = Tokens.load(file)
         self._warn()
 
@@ -53,7 +58,7 @@ class TokenFile:
         return len(self._tokens)
 
     def find(self, secret: str) -> Token | None:
-        """As `Tokens.find`, of the file as it is now or was a second ago."""
+        """As `Tokens.find`, of the file as it is now or was two seconds ago."""
         now = self._monotonic()
         if now >= self._next_look:
             self._next_look = now + self._look_again_s
@@ -67,7 +72,11 @@ class TokenFile:
         # Before it is read: what changes meanwhile is read once more.
         self._signature = signature
         try:
-            tokens = Tokens.read(self._file)
+            text = text_of(self._file)
+            if self._may_be_half_written(text):
+                self._signature = None
+                return
+            tokens = Tokens.of_lines(text)
         except InvalidTokens as error:
             # To lock everybody out for a slip of the pen would be worse than a token that lives on. It is read again
             # each time, for a file that is only made readable does not look changed.
@@ -88,6 +97,28 @@ class TokenFile:
                 ", ".join(sorted(known - new)) or "none",
             )
             self._warn()
+
+    def _may_be_half_written(self, text: str) -> bool:
+        """Whether to wait for the next look. Half a file has no token, too few, or one of a wider scope.
+
+        Another file in its place (`mv`) is whole, unless nothing is in it. What has grown old unseen counts at once: a
+        token must not live on because nobody used it meanwhile.
+        """
+        seen, self._seen = self._seen, text
+        before, self._number = self._number, _number_of(self._file)
+        if text == seen or not _is_young(self._file):
+            return False
+        try:
+            lets_in = len(Tokens.of_lines(text)) > 0
+        except InvalidTokens:
+            lets_in = False
+        if not lets_in:
+            _log.warning(
+                "the tokens file %s is empty or half written; the tokens stay as they were, unless it is without any"
+                " when it is looked at next",
+                self._file,
+            )
+        return self._number == before or not lets_in
 
     def _warn(self) -> None:
         if not any(token.plain for token in self._tokens):
@@ -178,6 +209,22 @@ def _replace(file: Path, text: str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def _number_of(file: Path) -> int:
+    """Its inode: what is put in its place has another."""
+    try:
+        return file.stat().st_ino
+    except OSError:
+        return 0
+
+
+def _is_young(file: Path) -> bool:
+    """Whether it was changed a moment ago; not where its time is none that can be."""
+    try:
+        return 0 <= time.time() - file.stat().st_mtime < _WRITTEN_S
+    except OSError:
+        return False
 
 
 def _signature(file: Path) -> _Signature | None:

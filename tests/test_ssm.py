@@ -11,6 +11,7 @@ from typing import Any
 import botocore.endpoint
 import httpx
 import pytest
+from botocore.exceptions import ConnectTimeoutError, CredentialRetrievalError, SSLError
 from pydantic import SecretStr
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -23,13 +24,18 @@ from metered_billing.ledger import Grant, Ledger
 from metered_billing.runtime import Runtime
 from metered_billing.service import Tokens, create_app
 from metered_billing.sources import InvalidSettings
-from metered_billing.ssm import ATTEMPTS, Parameters, ParametersUnreadable, _new_client
+from metered_billing.ssm import ATTEMPTS, Parameters, ParametersUnreadable, _kind, _new_client
 from metered_billing.telemetry import Telemetry
 from tests import aws
 from tests.docs.pages import DOCS
 from tests.docs.sandbox import serving_thread
 from tests.serving import free_port
 from tests.stand import ANN, serving
+
+DENIED = (
+    "User: arn:aws:sts::123456789012:assumed-role/app/i-0abc is not authorized to perform: ssm:GetParametersByPath"
+    " on resource: arn:aws:ssm:eu-west-1:123456789012:parameter/prod"
+)
 
 
 class Store:
@@ -141,7 +147,31 @@ def test_pages_without_an_end(odd: Odd) -> None:
             1,
             "AWS SSM answered AccessDeniedException: these AWS credentials need ssm:GetParametersByPath on /prod and",
         ),
-        ((400, {"__type": "ThrottlingException"}), ATTEMPTS, "AWS SSM answered ThrottlingException"),
+        (
+            (
+                400,
+                {"__type": "AccessDeniedException", "Message": f"{DENIED} because no identity-based policy: hunter2"},
+            ),
+            1,
+            "AWS SSM answered AccessDeniedException: these AWS credentials need ssm:GetParametersByPath on /prod and"
+            " /prod/*, and kms:Decrypt where a key of your own encrypts them."
+            f" AWS says: {DENIED} because no identity-based policy",
+        ),
+        (
+            (403, {"__type": "InvalidSignatureException", "Message": "x-amz-security-token:hunter2"}),
+            1,
+            "AWS SSM answered InvalidSignatureException: the AWS secret key is wrong, or this machine's clock",
+        ),
+        (
+            (400, {"__type": "ExpiredTokenException", "Message": "The security token hunter2 is expired"}),
+            1,
+            "AWS SSM answered ExpiredTokenException: these AWS credentials have expired",
+        ),
+        (
+            (400, {"__type": "ThrottlingException"}),
+            ATTEMPTS,
+            "AWS SSM answered ThrottlingException: too many ask at the same time",
+        ),
         ((500, {"Message": "hunter2"}), ATTEMPTS, "AWS SSM answered 500"),
         ((200, {"Parameters": []}), 1, "there is no parameter under /prod/ in AWS SSM"),
     ],
@@ -160,11 +190,11 @@ def test_refusal_at_start_up_names_the_prefix_and_its_source(
 
 
 def test_unreachable(odd: Odd, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the kind of error is shown: a proxy's URL may have a password."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}/hunter2")
+    """The kind of error is shown, and the host: the rest of a URL may have a password."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://me:hunter2@127.0.0.1:{(port := free_port())}/hunter2")
     with pytest.raises(ParametersUnreadable) as error:
         Parameters("/prod").read()
-    assert str(error.value) == "AWS SSM could not be asked (EndpointConnectionError)"
+    assert str(error.value) == f"AWS SSM could not be asked (EndpointConnectionError: endpoint 127.0.0.1:{port})"
     monkeypatch.setenv("AWS_ENDPOINT_URL", "hunter2")
     with pytest.raises(ParametersUnreadable) as error:
         Parameters("/prod").read()
@@ -184,6 +214,49 @@ def test_what_aws_itself_lacks(odd: Odd, monkeypatch: pytest.MonkeyPatch, missin
     with pytest.raises(ParametersUnreadable) as error:
         Parameters("/prod").read()
     assert str(error.value) == says
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"AWS_PROFILE": "prod"}, "ProfileNotFound: profile prod"),
+        ({"AWS_SECRET_ACCESS_KEY": None}, "PartialCredentialsError: provider env, cred var AWS_SECRET_ACCESS_KEY"),
+        (
+            {"HTTP_PROXY": "http://me:hunter2@127.0.0.1:1", "NO_PROXY": "", "no_proxy": ""},
+            "ProxyConnectionError: proxy 127.0.0.1:1",
+        ),
+    ],
+)
+def test_what_of_aws_is_set_wrongly(
+    odd: Odd, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str | None], says: str
+) -> None:
+    """Its name is shown; no password."""
+    for name, value in variables.items():
+        if value is None:
+            monkeypatch.delenv(name)
+        else:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(ParametersUnreadable) as error:
+        Parameters("/prod").read()
+    assert str(error.value) == f"AWS SSM could not be asked ({says})"
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (CredentialRetrievalError(provider="custom-process", error_msg="hunter2"), "provider custom-process"),
+        (ConnectTimeoutError(endpoint_url="http://[hunter2"), ""),
+        (
+            ConnectTimeoutError(endpoint_url="https://ssm.eu-west-1.amazonaws.com/"),
+            "endpoint ssm.eu-west-1.amazonaws.com",
+        ),
+        (SSLError(endpoint_url="https://10.0.0.1:8443/hunter2", error="hunter2"), "endpoint 10.0.0.1:8443"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_errors_of_botocores_show_where_and_nothing_else(error: Exception, says: str) -> None:
+    """What a program printed that was asked for credentials, say, is not shown."""
+    assert _kind(error) == type(error).__name__ + (f": {says}" if says else "")
 
 
 def test_policy_on_the_page_allows_what_is_asked() -> None:

@@ -6,6 +6,7 @@ Region, credentials and endpoint are whatever AWS's own variables and files say.
 import os
 import re
 from typing import Any
+from urllib.parse import urlsplit
 
 TIMEOUT_S = 3.0
 """To connect, and for each read: botocore's own 60 s would hold up a start for minutes."""
@@ -13,6 +14,25 @@ TIMEOUT_S = 3.0
 ATTEMPTS = 3
 
 MAX_PAGES = 100
+
+# The rest of a message may hold what was signed, the session's token with it, or be a proxy's.
+_DENIED = re.compile(
+    r"User: arn:[\w:/+=,.@-]{1,300} is not authorized to perform: [\w:]{1,100}"
+    r"( on resource: arn:[\w:/+=,.@*-]{1,300})?( because [a-z -]{1,100})?"
+)
+
+_MEANS = {
+    "Expired": "these AWS credentials have expired",
+    "UnrecognizedClient": "it does not know these AWS credentials",
+    "InvalidClientTokenId": "it does not know these AWS credentials",
+    "Signature": "the AWS secret key is wrong, or this machine's clock",
+    "Throttling": "too many ask at the same time",
+}
+"""By a word in the code of its answer."""
+
+_FACTS = ("profile", "provider", "cred_var", "path", "region_name")
+_URLS = ("endpoint_url", "proxy_url")
+"""What of an error of botocore's names no secret; of URLs, the host alone."""
 
 _PREFIX = re.compile(r"(/[A-Za-z0-9_.-]+)+")
 
@@ -61,8 +81,7 @@ class Parameters:
         except failures.NoCredentialsError:
             raise ParametersUnreadable("there are no AWS credentials to ask SSM with") from None
         except (failures.BotoCoreError, failures.HTTPClientError, ValueError) as error:
-            # Only its kind: the text may have a proxy's password.
-            raise ParametersUnreadable(f"AWS SSM could not be asked ({type(error).__name__})") from None
+            raise ParametersUnreadable(f"AWS SSM could not be asked ({_kind(error)})") from None
         if not found:
             raise ParametersUnreadable(f"there is no parameter under {self.prefix}/ in AWS SSM")
         return found
@@ -85,7 +104,32 @@ class Parameters:
             f": these AWS credentials need ssm:GetParametersByPath on {self.prefix} and {self.prefix}/*, and"
             " kms:Decrypt where a key of your own encrypts them"
         )
-        return f"AWS SSM answered {code}{needs if 'AccessDenied' in code or code == '403' else ''}"
+        denied = _DENIED.match(str(error.response.get("Error", {}).get("Message", "")))
+        if denied is not None:
+            needs += f". AWS says: {denied[0]}"
+        if "AccessDenied" in code or code == "403":
+            return f"AWS SSM answered {code}{needs}"
+        return f"AWS SSM answered {code}" + next((f": {why}" for word, why in _MEANS.items() if word in code), "")
+
+
+def _kind(error: Exception) -> str:
+    """What an error of botocore's is, and where. Its text may have a proxy's password, or what a program printed."""
+    given = getattr(error, "kwargs", {})
+    facts = [f"{name.replace('_', ' ')} {str(given[name])[:100]}" for name in _FACTS if name in given]
+    for name in _URLS:
+        host = _host(str(given.get(name, "")))
+        if host:
+            facts.append(f"{name.removesuffix('_url')} {host}")
+    return ": ".join([type(error).__name__, *([", ".join(facts)] if facts else [])])
+
+
+def _host(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        port = f":{parts.port}" if parts.port else ""
+    except ValueError:
+        return ""
+    return f"{parts.hostname}{port}" if parts.hostname else ""
 
 
 def _new_client() -> Any:

@@ -63,7 +63,8 @@ class Billing:
 
     def entries(self, tenant_id: str, user_id: str | None = None) -> list[Entry]:
         """What has happened to an account so far, oldest first, in the service's ledger."""
-        return [entry for entry in self._all_entries([tenant_id]) if entry.user_id == user_id]
+        account = Account(tenant_id, user_id)  # or it says what is wrong with them
+        return [entry for entry in self._all_entries([account.tenant_id]) if entry.user_id == account.user_id]
 
     @property
     def calls(self) -> Sequence[Call]:
@@ -148,7 +149,7 @@ class Billing:
         """
         __tracebackhide__ = True
         self._settle("assert_charged")
-        totals = totals_of(self.entries(tenant_id, user_id))
+        totals = totals_of(self._entries_of_known(tenant_id, user_id))
         if (totals.kept, totals.refunded, totals.charges) != (kept, refunded, charges):
             self._fail(
                 f"{told(tenant_id, user_id)} should have been charged {charges} x, {kept} kept and {refunded} refunded;"
@@ -157,10 +158,13 @@ class Billing:
             )
 
     def assert_not_charged(self, tenant_id: str, user_id: str | None = None) -> None:
-        """Nothing was kept of the account's credits: nothing was deducted, or everything has come back."""
+        """Nothing was kept of the account's credits: nothing was deducted, or everything has come back.
+
+        It fails for an account that was neither granted credits nor asked for any: nobody could have charged it.
+        """
         __tracebackhide__ = True
         self._settle("assert_not_charged")
-        totals = totals_of(self.entries(tenant_id, user_id))
+        totals = totals_of(self._entries_of_known(tenant_id, user_id))
         if totals.kept:
             self._fail(f"{told(tenant_id, user_id)} should not have paid; {totals.kept} credits were kept", tenant_id)
 
@@ -201,6 +205,23 @@ class Billing:
     def _fail(self, what: str, tenant_id: str | None = None) -> None:
         __tracebackhide__ = True
         raise AssertionError(f"{what}\n\n{self.story(tenant_id)}")
+
+    def _entries_of_known(self, tenant_id: str, user_id: str | None) -> list[Entry]:
+        """An account's entries. One without any must at least have been asked for credits: else its name is wrong."""
+        __tracebackhide__ = True
+        if entries := self.entries(tenant_id, user_id):
+            return entries
+        known = [(entry.tenant_id, entry.user_id) for entry in self._all_entries()]
+        known += [(call.tenant_id, call.user_id) for call in self._wire.calls if call.tenant_id is not None]
+        known += [(record.account.tenant_id, record.account.user_id) for record in self._apps.records()]
+        if (tenant_id, user_id) not in known:
+            others = ", ".join(told(*account) for account in dict.fromkeys(known)) or "none"
+            self._fail(
+                f"{told(tenant_id, user_id)} was neither granted credits nor asked for any; the accounts that were:"
+                f" {others}",
+                tenant_id,
+            )
+        return entries
 
     def _settle(self, wanted: str) -> None:
         __tracebackhide__ = True

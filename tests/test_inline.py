@@ -158,6 +158,45 @@ def test_refund_that_hangs_holds_the_request_up_for_so_long_and_no_longer(world:
     world.holds()
 
 
+def test_request_that_is_cancelled_while_it_settles_leaves_nothing_under_way(world: Frozen) -> None:
+    """As by a timeout around the app: nobody waits any more, and the process may be frozen next."""
+
+    async def main() -> None:
+        with striking(world, Accident("hang", "…refund")), pytest.raises(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await world.invoke(within_s=3.0)
+        assert world.time == pytest.approx(1.0)
+        at_rest()
+        assert on_record(world) == ["refunding"]
+        await world.pass_by(10.0)
+        await world.invoke(Reported(10))
+        assert on_record(world) == ["settled", "settled"]
+        at_rest()
+
+    world.run(main)
+    world.holds()
+
+
+def test_request_that_is_cancelled_while_it_settles_takes_nobody_else_along(world: Frozen) -> None:
+    """What another request waits for goes on."""
+
+    async def main() -> None:
+        with striking(world, Accident("hang", "…refund")):
+            first = asyncio.ensure_future(world.invoke(within_s=5.0))
+            await asyncio.sleep(1.0)
+            second = asyncio.ensure_future(world.invoke(Reported(10), within_s=3.0))
+            await asyncio.sleep(1.0)
+            first.cancel()
+            await asyncio.wait({first})
+            assert world.live != {}
+            await second
+        assert world.time == pytest.approx(4.0)
+        at_rest()
+
+    world.run(main)
+    world.holds()
+
+
 def test_outcome_that_hangs_is_left_to_recovery(world: Frozen) -> None:
     """The response was held up for five seconds by then; what is on record decides."""
 

@@ -167,10 +167,12 @@ class Biller:
 
     async def quiesce(self, within_s: float) -> None:
         """Let refunds and voids under way come to their end, then do nothing before the next request or `start`."""
-        await self._settler.quiesce(within_s)
-        deadlines = self._deadlines.get(asyncio.get_running_loop())
-        if deadlines is not None:
-            deadlines.let_go()
+        try:
+            await self._settler.quiesce(within_s)
+        finally:
+            deadlines = self._deadlines.get(asyncio.get_running_loop())
+            if deadlines is not None:
+                deadlines.let_go()
 
     async def drain(self, timeout_s: float) -> None:
         """Let requests and refunds under way come to their end, then stop, and close everything."""

@@ -61,6 +61,7 @@ class LoopTasks:
         resting: Whether recovery waits, or has come to its end.
         stopping: Whether it is to take up nothing more.
         quiet: Whether nothing is to be done before the next request; only where settling is inline.
+        waiting: How many requests wait at their end for what settles; only there.
         looked_at: When recovery looked last, where it looks only while there are requests; by the wall clock.
     """
 
@@ -71,6 +72,7 @@ class LoopTasks:
         self.resting = False
         self.stopping = False
         self.quiet = False
+        self.waiting = 0
         self.looked_at = -math.inf
         self._clock = clock
         self._wake_at = math.inf

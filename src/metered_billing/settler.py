@@ -160,16 +160,28 @@ class Settler:
         From then on the process may be frozen. What is not done in time is broken off: it stays in the journal, and
         is taken up later, here or elsewhere. While charges of other requests are under way here, it goes on.
         """
-        loop = asyncio.get_running_loop()
-        here = self._loops.get(loop)
+        here = self._loops.get(asyncio.get_running_loop())
         if here is None:
             return
-        if here.tasks:
-            _, late = await asyncio.wait(list(here.tasks), timeout=within_s)
-            for task in late:
-                task.cancel()
-            if late:  # a journal may see to something of its own first, on a disk that hangs
-                await asyncio.wait(late, timeout=PAUSE_WITHIN_S)
+        late, waited = set(here.tasks), False
+        here.waiting += 1
+        try:
+            if late:
+                _, late = await asyncio.wait(late, timeout=within_s)
+            waited = True
+        finally:
+            here.waiting -= 1
+            # Whoever is told to go meanwhile breaks it off at once, unless others wait for it.
+            if waited or not here.waiting:
+                await self._rest(here, late)
+
+    async def _rest(self, here: LoopTasks, late: set[asyncio.Task[None]]) -> None:
+        """Break off what is late; then do nothing before the next `start`, if nothing else is under way."""
+        loop = asyncio.get_running_loop()
+        for task in late:
+            task.cancel()
+        if late:  # a journal may see to something of its own first, on a disk that hangs
+            await asyncio.wait(late, timeout=PAUSE_WITHIN_S)
         if here.tasks or any(at is loop for at in list(self._live.values())):
             return
         here.quiet = True

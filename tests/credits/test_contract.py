@@ -242,6 +242,8 @@ class TestDeductionAnswers:
             {"balance": "90"},
             {"balance": MAX_AMOUNT + 1},
             {"tenant_id": "another"},
+            {"user_id": "another"},
+            {"user_id": 7},
             {"tenant_id": 7},
         ],
     )
@@ -250,6 +252,11 @@ class TestDeductionAnswers:
         got = CONTRACT.read_deduction(record(), answer(201, {**DEDUCTION, **changes}))
 
         assert got == Unknown("broken reply (HTTP 201)")
+
+    def test_answer_about_a_user_is_none_about_the_pool(self) -> None:
+        """Somebody else would have paid."""
+        pool = record(account=Account("acme"))
+        assert CONTRACT.read_deduction(pool, answer(201, DEDUCTION)) == Unknown("broken reply (HTTP 201)")
 
     def test_one_credit_is_not_true(self) -> None:
         """`true` is not 1, though Python thinks so."""

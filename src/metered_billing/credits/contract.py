@@ -148,6 +148,7 @@ class _Answer(BaseModel):
 class _DeductionAnswer(_Answer):
     transaction_id: Name
     tenant_id: str | None = None
+    user_id: str | None = None
     amount: Credits
     balance: Credits | None = None
 
@@ -263,8 +264,7 @@ class Contract:
         """Whether the credits were taken; a reply that does not say so for certain is `Unknown`."""
         if reply.status in (200, 201):
             answer = parse(_DeductionAnswer, reply.body)
-            ours = (None, record.account.tenant_id)
-            if answer is None or answer.amount != record.amount_credits or answer.tenant_id not in ours:
+            if answer is None or answer.amount != record.amount_credits or not _names(answer, record.account):
                 return Unknown(f"broken reply ({reply})")
             return Deducted(answer.transaction_id, answer.balance)
         if reply.status == 402:
@@ -351,6 +351,11 @@ def _refused(reply: Reply) -> Refused | Unanswered:
     if reply.status in (400, 404, 409, 413, 422) and reply.problem is not None:
         return Refused(str(reply))
     return Unanswered(str(reply))
+
+
+def _names(answer: _DeductionAnswer, account: Account) -> bool:
+    """Whether an answer is about this account; it need not say whose it is."""
+    return answer.tenant_id in (None, account.tenant_id) and answer.user_id in (None, account.user_id)
 
 
 def _account(record: Record) -> dict[str, str]:

@@ -4,12 +4,14 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi import FastAPI
 from pydantic import SecretStr, ValidationError
 
 from metered_billing import HttpCredits, MeteredBillingMiddleware, Settings, SqlCredits
+from metered_billing.credits.contract import Contract
 from metered_billing.journal.postgres import PostgresJournal
 from metered_billing.journal.sqlite import SqliteJournal
 from metered_billing.runtime import Runtime
@@ -51,6 +53,21 @@ def test_credits_of_what_is_no_url_is_refused_without_its_secrets(url: str) -> N
     with pytest.raises(ValueError) as error:
         opened(url)
     assert "hunter2" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (Contract(), "a Contract: a mapping goes into HttpCredits"),
+        (Contract, "the class Contract: a mapping goes into HttpCredits"),
+        (HttpCredits, "the class HttpCredits"),
+        (Path("credits.db"), "Path"),
+    ],
+)
+def test_client_that_is_none_is_refused(given: Any, sentence: str) -> None:
+    """At start-up, where each request would find out by an AttributeError."""
+    with pytest.raises(ValueError, match=sentence):
+        Settings().open_credits(given, Runtime(), Telemetry())
 
 
 def test_token_that_cannot_be_a_header_is_refused_without_showing_it() -> None:

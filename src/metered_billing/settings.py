@@ -158,6 +158,7 @@ class Settings(BaseSettings):
                 was given that is wrong.
         """
         if given is not None and not isinstance(given, str):
+            _is_client(given)
             return given
         if given is None and self.credits is None:
             raise ValueError(
@@ -260,6 +261,16 @@ def open_journal(place: str | Path, runtime: Runtime, telemetry: Telemetry) -> J
 def looks_like_a_url(place: str) -> bool:
     """Whether it was meant for one: with a slash too few it is no directory, and may hold a password."""
     return "://" in place or place.lower().startswith(("postgres:", "postgresql:", "sqlite:", "http:", "https:"))
+
+
+def _is_client(given: object) -> None:
+    if isinstance(given, type) or not callable(getattr(given, "deduct", None)):
+        what = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
+        mapping = isinstance(given, Contract) or (isinstance(given, type) and issubclass(given, Contract))
+        raise ValueError(
+            f"credits must be a URL, or a client such as HttpCredits(…); this is {what}"
+            + (": a mapping goes into HttpCredits(url, contract=…)" if mapping else "")
+        )
 
 
 def _kind(url: str) -> str:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -239,6 +240,42 @@ def test_mapping_is_used(checked: Checked, odd: tuple[Odd, str]) -> None:
     ok, _, checks = checked("--contract", "own_check:Own", CREDITS=url, TOKEN="t")
     assert (ok, checks["token"][0]) == (True, "ok")
     assert there.asked[0].headers["x-key"] == "t"
+
+
+@pytest.mark.parametrize(
+    ("status", "read", "says"),
+    [
+        (403, "None", "not known: the service answers HTTP 403"),  # which may say that the token is none
+        (404, "None", "not known: the service answers HTTP 404"),
+        (404, "reply.body['much']", "not known: the mapping raised TypeError"),
+    ],
+)
+def test_token_behind_a_mapping_is_not_called_accepted(
+    checked: Checked, odd: tuple[Odd, str], status: int, read: str, says: str
+) -> None:
+    """By an answer that any service may give to what it does not know; nor is its URL said to be wrong."""
+    there, url = odd
+    Path("own_doubt.py").write_text(
+        "from metered_billing.credits.contract import Contract\n"
+        "class Own(Contract):\n"
+        f"    def read_balance(self, reply): return {read}\n"
+    )
+    sys.modules.pop("own_doubt", None)
+    there.health, there.balance = 404, Response(status_code=status)
+    ok, _, checks = checked("--contract", "own_doubt:Own", CREDITS=url, TOKEN="t")
+    assert (ok, checks["credits"][0], checks["token"][0]) == (True, "ok", "look")
+    assert checks["token"][1].startswith(says)
+
+
+def test_mapping_that_cannot_ask_is_told(checked: Checked, odd: tuple[Odd, str]) -> None:
+    """In a line like any other."""
+    Path("own_lost.py").write_text(
+        "from metered_billing.credits.contract import Contract\n"
+        "class Own(Contract):\n"
+        "    def balance(self, account): raise LookupError('no such account')\n"
+    )
+    ok, _, checks = checked("--contract", "own_lost:Own", CREDITS=odd[1], TOKEN="t")
+    assert (ok, checks["token"]) == (True, ("look", "not known: the mapping raised LookupError: no such account"))
 
 
 def test_clock_of_the_service(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1207,6 +1207,15 @@ class TestContractsOfOthers:
         with pytest.raises(ValueError, match="auth_header"):
             client(contract=Keyed())
 
+    @pytest.mark.parametrize(
+        ("contract", "given"),
+        [(Contract, "the class Contract"), ("own:Own", "'own:Own'"), (object, "the class object")],
+    )
+    def test_contract_that_is_none(self, contract: Any, given: str) -> None:
+        """Its class, most often: each request would be answered 500."""
+        with pytest.raises(TypeError, match=given):
+            HttpCredits(URL, contract=contract)
+
     async def test_without_a_list_nothing_is_looked_for(self, client: Client, service: respx.MockRouter) -> None:
         """No call is made."""
 

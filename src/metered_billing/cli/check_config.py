@@ -163,8 +163,11 @@ async def _ask(url: str, settings: Settings, contract: Contract, timeout_s: floa
                     "credits", Result.WRONG, f"{url} cannot be reached: {why}", "start the service, or correct its URL"
                 )
             ]
-        checks = [_health(url, answer), *_clock(answer)]
-        call = contract.balance(Account(NOBODY))
+        checks = [_health(url, answer, mapped=type(contract) is not Contract), *_clock(answer)]
+        try:
+            call = contract.balance(Account(NOBODY))
+        except Exception as error:
+            return [*checks, _mapping_raised(error)]
         try:
             async with asyncio.timeout(timeout_s):
                 answer = await client.request(
@@ -182,8 +185,8 @@ async def _ask(url: str, settings: Settings, contract: Contract, timeout_s: floa
     return [*checks, _token(token, contract, Reply(answer.status_code, answer.headers, read_json(answer.content)))]
 
 
-def _health(url: str, answer: httpx.Response) -> Check:
-    if answer.is_success:
+def _health(url: str, answer: httpx.Response, *, mapped: bool = False) -> Check:
+    if answer.is_success or (mapped and not answer.is_server_error):  # of another shape: it need not have that path
         return Check("credits", Result.OK, f"{url} answers")
     if answer.is_server_error:
         return Check("credits", Result.WRONG, f"{url} answers {answer.status_code}", "look at the service")
@@ -204,13 +207,23 @@ def _token(token: str | None, contract: Contract, reply: Reply) -> Check:
         said = "none is set, and the service wants one" if token is None else "the service does not accept it (401)"
         return Check("token", Result.WRONG, said, f"set the right one: {where}")
     sent = "none is needed" if token is None else "accepted"
-    if contract.read_balance(reply) is not None:
+    try:
+        balance = contract.read_balance(reply)
+    except Exception as error:
+        return _mapping_raised(error)
+    if balance is not None:
         return Check("token", Result.OK, f"{sent}, and sees every tenant")
-    if reply.status == 403:
+    if reply.status == 403 and reply.problem is not None:
         return Check("token", Result.OK, f"{sent}, and does not see every tenant")
-    said = f"not known: the service answers {reply} when it is asked for a balance"
+    said = f"not known: the service answers {reply} when it is asked for the balance of a tenant that nobody has"
+    if type(contract) is not Contract:
+        return Check("token", Result.LOOK, said, "try it on an account: metered-billing conformance --contract")
     wrong = "correct its URL, which goes without /v1, or name the app's mapping with --contract"
     return Check("token", Result.LOOK, said, wrong if reply.status == 404 else "")
+
+
+def _mapping_raised(error: Exception) -> Check:
+    return Check("token", Result.LOOK, f"not known: the mapping raised {type(error).__name__}: {error}", "mend it")
 
 
 def _ledger(file: Path) -> Check:

@@ -138,6 +138,7 @@ class HttpCredits:
         ValueError: The URL, the token or a number cannot be right; its text never shows the token.
         ImportError: `lean` without its extra.
         OSError: The certificates that the environment names cannot be read.
+        TypeError: The contract is none.
     """
 
     def __init__(
@@ -165,7 +166,7 @@ class HttpCredits:
         self._max_waiting = whole("max_waiting", max_waiting)
         # In line: enough must be left for a call of its own.
         self._patience_s = timeout_s - min(attempt_timeout_s, timeout_s) / 2
-        self._contract = contract or Contract()
+        self._contract = Contract() if contract is None else _contract(contract)
         self._runtime = runtime or Runtime()
         self._telemetry = telemetry or Telemetry()
         self._sender = Sender(
@@ -494,6 +495,13 @@ class HttpCredits:
         if isinstance(answer, Unanswered):
             return Unanswered(answer.reason, retry_after_s(reply.headers, self._runtime.now()))
         return answer
+
+
+def _contract(given: object) -> Contract:
+    if isinstance(given, Contract):
+        return given
+    what = f"the class {given.__name__}" if isinstance(given, type) else repr(given)
+    raise TypeError(f"contract must be an object of a subclass of Contract, as in contract=Own(); this is {what}")
 
 
 def _weight(asked: _Asked) -> int:

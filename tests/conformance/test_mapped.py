@@ -69,6 +69,7 @@ async def test_house_service_is_usable_with_limits(house: ModuleType, mapping: t
     assert holds[4] == "with limits: void-undoes, declines-remembered, find-by-key"
     assert [holds[number] for number in (1, 2, 3, 8)] == ["yes"] * 4
     happens = dict(what_happens(seen))
+    assert not [result.came for result in seen.broken if "remembered this one" in result.came]
     assert "once more after 5 minutes" in happens["no answer to a deduction"]
     assert "402" in happens["too few credits"]
 
@@ -316,6 +317,20 @@ async def test_what_the_mapping_gets_wrong(house: ModuleType, mapping: type[Cont
         seen = await report(house, slip(), name)
         assert (broken(seen), seen.verdict) == ({name}, verdict), name
     assert "the mapping raised KeyError" in seen.broken[0].came
+
+
+async def test_service_that_remembers_declines_is_found_out(tmp_path: Path) -> None:
+    """A mapping that says otherwise costs each customer who is declined five minutes of doubt."""
+
+    class Humble(Contract):
+        remembers_declines = False
+
+    service = Service(tmp_path)
+    await service.ledger.grant(Grant(idempotency_key="g", tenant_id="acme", user_id=None, amount=100, reason="test"))
+    seen = await report(sys, Humble(), "declines-remembered", token=APP, transport=service)
+    await service.ledger.close()
+    assert (seen.verdict, seen.kept) == (Verdict.LIMITED, 0)
+    assert "the service remembered this one" in seen.broken[0].came
 
 
 async def test_list_that_is_looked_in_badly_is_not_usable(tmp_path: Path) -> None:

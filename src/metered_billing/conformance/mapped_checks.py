@@ -119,7 +119,7 @@ def _others(contract: Contract) -> list[Check]:
             fatal=remembers,
             expected="it is declined again, and nothing is taken",
             without=DO_NOT + forgotten if remembers else "A decline is not the last word: see below.",
-            run=_declines_remembered if remembers else _declines_forgotten,
+            run=_try_a_decline_again if remembers else _declines_forgotten,
         ),
         replace(known["batch"], without="The library makes single calls: nothing is lost but speed.", run=_batch),
         replace(
@@ -201,8 +201,7 @@ async def _batch(bench: MappedBench) -> None:
     raise NotTried("the batches of a mapping are not tried")
 
 
-@mapped
-async def _declines_remembered(bench: MappedBench) -> None:
+async def _try_a_decline_again(bench: Bench) -> None:
     key, amount = await declined(bench)
     before = await bench.balance()
     again = await bench.deduct(amount, key)
@@ -210,9 +209,13 @@ async def _declines_remembered(bench: MappedBench) -> None:
     not_done(again, "the deduction, when there was enough,")
 
 
-@mapped
-async def _declines_forgotten(bench: MappedBench) -> None:
-    raise Broken("the mapping says that they are forgotten: `remembers_declines = False`")
+async def _declines_forgotten(bench: Bench) -> None:
+    said = "the mapping says that they are forgotten: `remembers_declines = False`"
+    try:
+        await _try_a_decline_again(bench)
+    except Broken:
+        raise Broken(said) from None
+    raise Broken(f"{said}, and the service remembered this one: if it always does, say True, and a decline is the end")
 
 
 @mapped

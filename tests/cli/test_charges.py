@@ -267,7 +267,7 @@ class TestExplain:
         kept(SETTLED)
         done = run("explain", "req-1", "--credits", "sqlite:///credits.db")
         assert "no such transaction. The journal has the answer: 10 credits were taken, at the-app's." in done.out
-        assert "name it (--credits). If not, the service's ledger has lost it" in done.out
+        assert "if the token may not see acme, give one that may (--token). If neither, " in done.out
         assert done.code == 3
 
     @pytest.mark.parametrize("record", [charge(Deducted("t-1")), DISPUTED], ids=lambda record: record.state)

@@ -126,8 +126,9 @@ def _absent(record: Record, realms: Collection[str]) -> Looked:
         where = f"at {' or '.join(sorted(realms))}" if any(realms) else "where the app's credits are"
         says = (
             f"no such transaction. The journal has the answer: {in_words(record.amount_credits)} were taken, {where}."
-            " If that is another place, name it (--credits). If not, the service's ledger has lost it, as one does that"
-            " was put back from a backup: `metered-billing reconcile` lists all that is lost"
+            f" If that is another place, name it (--credits); if the token may not see {record.account.tenant_id}, give"
+            " one that may (--token). If neither, the service's ledger has lost it, as one does that was put back"
+            " from a backup: `metered-billing reconcile` lists all that is lost"
         )
         return Looked(says, False, [])
     nothing = "no deduction under the key of this charge: nothing was taken"

@@ -679,6 +679,40 @@ def test_journal_without_room_is_said_once_a_charge(
     world.holds()
 
 
+def test_journal_without_room_is_said_of_each_charge(
+    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those that are under way at the same time too; afterwards nobody remembers of which it was said."""
+    full = True
+    write = world.journal.write
+
+    def refuse(before: Record, after: Record, *, durable: bool) -> Awaitable[bool]:
+        if full:
+            raise JournalError("10000 operations are waiting already")
+        return write(before, after, durable=durable)
+
+    async def main() -> None:
+        nonlocal full
+        await world.biller.start()
+        monkeypatch.setattr(world.journal, "write", refuse)
+        charges = [await world.biller.deduct(ANN, Paid(10)) for _ in range(2)]
+        await asyncio.sleep(1)
+        for charge in charges:
+            await world.biller.conclude(charge, Reported(8))
+        full = False
+        for charge in charges:
+            world.biller.release(charge, Reported(8))
+            await asyncio.sleep(1)
+        assert not world.biller._settler._complained
+        await world.quiet()
+        await world.biller.drain(1.0)
+        said = [text for text in caplog.messages if text.startswith("journal.failed")]
+        assert [charge.id for charge in charges if charge.id in "".join(said)] == [charge.id for charge in charges]
+        assert len(said) == 2
+
+    world.run(main)
+
+
 def test_outcome_that_takes_long_and_fails_then_is_said_once(
     world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -422,6 +422,7 @@ def test_recovery_that_fails_is_said_and_tried_again(world: Frozen, caplog: pyte
     world.run(main)
     said = [record.message for record in caplog.records if "recovery failed" in record.getMessage()]
     assert len(said) == 2
+    assert "recovery.resumed" in caplog.text
     assert world.counted(METRIC_RECOVERY_ROUNDS) == {"failed": 2, "ok": 1}
 
 

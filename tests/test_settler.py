@@ -30,7 +30,7 @@ from metered_billing.errors import BillingError
 from metered_billing.journal import JournalError
 from metered_billing.journal.sqlite import SqliteJournal
 from metered_billing.loops import LoopTasks
-from metered_billing.names import ANOMALIES, SPAN_DEDUCT, SPAN_RECOVER, SPAN_REFUND, SPAN_VOID
+from metered_billing.names import ANOMALIES, METRIC_RECOVERY_ROUNDS, SPAN_DEDUCT, SPAN_RECOVER, SPAN_REFUND, SPAN_VOID
 from metered_billing.outcomes import Paid
 from metered_billing.settler import settled
 from tests.fakes import (
@@ -956,6 +956,32 @@ def test_journal_that_cannot_be_read_is_loud_and_tried_again(
     events = caplog.text.count("journal.failed") + caplog.text.count("billing.bug")
     assert caplog.text.count("recovery failed") == caplog.text.count(event) == events == 1
     assert "recovery.resumed" in caplog.text
+
+
+def test_recovery_has_not_resumed_before_all_can_be_looked_through(
+    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In between it looks for what is due alone, which may well be readable."""
+    due_refunds(world, 1)
+
+    def fails(_: float) -> Any:
+        raise JournalError("input/output error")
+
+    async def main() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(world.journal, "adopt", fails)
+            await world.biller.start()
+            await asyncio.sleep(1)
+            (here,) = world.biller._settler._loops.values()
+            here.wake_in(0)
+            await asyncio.sleep(5)
+            assert world.counted(METRIC_RECOVERY_ROUNDS) == {"failed": 1, "ok": 1}
+            assert "recovery.resumed" not in caplog.text
+        await asyncio.sleep(30)
+        assert "recovery.resumed" in caplog.text
+        await world.biller.drain(1.0)
+
+    world.run(main)
 
 
 def test_unusable_file_is_told_where_nothing_can_be_read(

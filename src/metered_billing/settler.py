@@ -136,10 +136,9 @@ class Settler:
         for other in [other for other in list(self._loops) if other.is_closed()]:
             del self._loops[other]
         # What a closed loop was seeing to, nobody is.
-        for live in [other._live for other in self._together()]:
-            for charge_id in [charge_id for charge_id, at in list(live.items()) if at.is_closed()]:
-                live.pop(charge_id, None)
-        self._complained.intersection_update(list(self._live))
+        for settler in self._together():
+            for charge_id in [charge_id for charge_id, at in list(settler._live.items()) if at.is_closed()]:
+                settler._gone(charge_id)
         here = self._loops[loop] = LoopTasks(self._runtime.monotonic)
         self._journal.resume()  # it may have been put to rest on another loop, or by another app
         if self._inline:

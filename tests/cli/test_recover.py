@@ -154,7 +154,7 @@ class TestRecover:
         assert run("charges", "list", "--unsettled").code == 0
 
     def test_through_a_mapping(self, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A refund that is due goes to a service of another shape in its own words."""
+        """A refund that is due goes to a service of another shape in its own words; without them it says what lacks."""
         examples = Path(__file__).parents[2] / "docs" / "examples"
         monkeypatch.syspath_prepend(str(examples))
         import house_service
@@ -166,7 +166,9 @@ class TestRecover:
             url = f"http://127.0.0.1:{port}"
             asyncio.run(keep(JOURNAL, [charge(Deducted("tx-left"), Lost("x"))], realm=url))
             options = ("--token", "house-secret", "--contract", "house_credits:HouseCredits")
+            unheard = run("recover", *options[:2], "--within", "0.5", CREDITS=url)
             finished = run("recover", *options, CREDITS=url)
+        assert (unheard.code, f"{url} answers 404" in unheard.err, "--contract" in unheard.err) == (3, True, True)
         assert (finished.code, house_service.held["acme", "ann"]) == (0, 10)
 
     @pytest.mark.slow

@@ -112,6 +112,8 @@ def recover(
         raise Failure("Stopped. What is not done stays in the journal.") from None
     left, living = _what_is_left(journal)
     _say(watching, left, living, as_json=as_json)
+    if mapping is None and any("HTTP 404" in _why(watching, seen) for seen in left):
+        terminal.complain(f"{credits_url} answers 404. Where the app has a mapping for it, name that: --contract.")
     if left or watching.ended["disputed"] or watching.troubles:
         raise typer.Exit(ATTENTION)
 

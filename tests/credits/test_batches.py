@@ -500,6 +500,20 @@ class TestCancelling:
         assert got[2] == Deducted("tx-2", 90)
         assert isinstance(got[1], asyncio.CancelledError)
 
+    async def test_all_in_flight(self, credits_: HttpCredits, service: Service) -> None:
+        """When nobody waits for a call any more, it is broken off: nothing is under way when they have gone."""
+        service.gate = asyncio.Event()
+        before = asyncio.all_tasks()
+        tasks = [asyncio.create_task(credits_.deduct(charge(key))) for key in range(3)]
+        await asyncio.sleep(0.01)
+        assert service.keys == [["0", "1", "2"]]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert asyncio.all_tasks() == before
+        service.gate = None
+        assert await deduct_all(credits_, 3, 4) == [Deducted("tx-3", 90), Deducted("tx-4", 90)]
+
     @pytest.mark.parametrize("turns", range(8))
     async def test_at_any_turn(self, credits_: HttpCredits, service: Service, turns: int) -> None:
         """However far it has come, its place in the line is free afterwards."""

@@ -360,9 +360,11 @@ class HttpCredits:
         waiting = line.join(asked, account, _weight(asked), self._patience_s)
         try:
             outcome = await waiting.told
-        except BaseException:
+        except BaseException as error:
             if waiting.alone:  # it is cancelled before it has heard of it
                 line.leave()
+            elif isinstance(error, asyncio.CancelledError):
+                await line.forsake(waiting)
             raise
         if outcome is not ALONE:
             return outcome  # type: ignore[no-any-return]

@@ -95,7 +95,7 @@ class Line:
         self._held: Counter[Account] | None = None  # how many of each stand in the queue; not known until it is crowded
         self._in_flight = 0
         self._called = False
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], Sequence[Waiting]] = {}
         self._timer: asyncio.TimerHandle | None = None
 
     def has_room(self, account: Account) -> bool:
@@ -129,6 +129,14 @@ class Line:
         if not self._loop.is_closed():
             self._next()
 
+    async def forsake(self, waiting: Waiting) -> None:
+        """Whoever waited has gone: the call that it was part of is broken off, if nobody waits for that any more."""
+        for task, group in list(self._tasks.items()):
+            if waiting in group and all(each.told.done() for each in group):
+                if not task.cancelling():  # by another of them: twice, and it could not clean up
+                    task.cancel()
+                await asyncio.wait({task})
+
     async def aclose(self) -> None:
         """Send nothing more, and break off what is in flight."""
         queue = self._queue
@@ -150,7 +158,7 @@ class Line:
                 group[0].tell(ALONE)
                 continue
             task = self._context.copy().run(self._loop.create_task, self._send(group))
-            self._tasks.add(task)
+            self._tasks[task] = group
             task.add_done_callback(partial(self._over, group))
         if self._queue:
             self._watch(min(waiting.until for waiting in self._queue))
@@ -159,7 +167,7 @@ class Line:
             self._timer = None
 
     def _over(self, group: Sequence[Waiting], task: "asyncio.Task[None]") -> None:
-        self._tasks.discard(task)
+        self._tasks.pop(task, None)
         error = None if task.cancelled() else task.exception()
         for waiting in group:
             if isinstance(error, Exception):

@@ -713,6 +713,16 @@ def test_journal_without_room_is_said_of_each_charge(
     world.run(main)
 
 
+def test_refund_that_cannot_be_written_down_says_why(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """The credits are back; recovery asks for them again, under the same key."""
+    with striking(world, Accident("fail", "refunding-settled…")):
+        outcome(world, conclude(world, Reported(8)), release(world, Reported(8)))
+    (said,) = [record for record in caplog.records if record.getMessage().startswith("journal.failed")]
+    assert said.exc_info is not None
+    assert isinstance(said.exc_info[1], JournalError)
+    assert world.bank.balance == GRANTED - 8
+
+
 def test_outcome_that_takes_long_and_fails_then_is_said_once(
     world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 from metered_billing.charge import Account, Deducted, Record, Refunded, Reported, step
 from metered_billing.journal import states_of
-from metered_billing.journal.sqlite import OPEN, SCHEMA, WRITE, SqliteJournal, _columns
+from metered_billing.journal.rows import OPEN, SCHEMA, WRITE, columns_of
+from metered_billing.journal.sqlite import SqliteJournal
 from metered_billing.runtime import new_uuid7
 from metered_billing.schemas import prepare_sqlite
 from tests.bench.rows import Row
@@ -88,9 +89,9 @@ class OneByOne:
     def write(self, before: Record | None, after: Record) -> None:
         self.connection.execute("BEGIN IMMEDIATE")
         if before is None:
-            self.connection.execute(OPEN, (*_columns(after), after.request_id))
+            self.connection.execute(OPEN, (*columns_of(after), after.request_id))
         else:
-            _, _, state, _, tries, due_at, closed_at, body = _columns(after)
+            _, _, state, _, tries, due_at, closed_at, body = columns_of(after)
             values = (state, tries, due_at, closed_at, body, before.id, before.owner, *states_of(before))
             self.connection.execute(WRITE, values)
         self.connection.execute("COMMIT")

@@ -11,7 +11,8 @@ import pytest
 
 from metered_billing.charge import Record, State
 from metered_billing.journal import JournalError
-from metered_billing.journal.sqlite import OPEN, WRITE, SqliteJournal
+from metered_billing.journal.rows import OPEN, WRITE
+from metered_billing.journal.sqlite import SqliteJournal
 from metered_billing.runtime import Runtime
 from tests.journal.engines import charge, everything
 

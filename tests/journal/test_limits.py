@@ -12,7 +12,8 @@ import pytest
 
 from metered_billing.biller import Biller
 from metered_billing.charge import Account, Deducted, Record, Refunded, Reported, State
-from metered_billing.journal.sqlite import COLUMNS, SCHEMA, SqliteJournal
+from metered_billing.journal.rows import COLUMNS, SCHEMA
+from metered_billing.journal.sqlite import SqliteJournal
 from metered_billing.outcomes import Paid
 from metered_billing.runtime import Runtime
 from metered_billing.settler import MAX_BACKOFF_S, RECOVER_EVERY_S

@@ -22,7 +22,8 @@ from metered_billing.charge import State
 from metered_billing.journal import JournalError
 from metered_billing.journal import lock as lock_module
 from metered_billing.journal.lock import FileLock
-from metered_billing.journal.sqlite import SCHEMA, SqliteJournal
+from metered_billing.journal.rows import SCHEMA
+from metered_billing.journal.sqlite import SqliteJournal
 from metered_billing.runtime import Runtime, one_thread
 from tests.journal.engines import charge, everything, moved
 

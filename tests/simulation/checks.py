@@ -6,7 +6,7 @@ from typing import Any
 
 from metered_billing.biller import JOURNAL_WITHIN_S
 from metered_billing.charge import Account, Record, State
-from metered_billing.journal.sqlite import _COLUMNS, record_in
+from metered_billing.journal.rows import COLUMN_LIST, record_in
 from tests.simulation.app import Story
 from tests.simulation.world import World
 
@@ -46,7 +46,7 @@ def records_of(world: World) -> dict[str, Record]:
         if connection.execute("PRAGMA user_version").fetchone() == (0,):
             connection.close()  # its process died as it made it
             continue
-        for row in connection.execute(f"SELECT {_COLUMNS} FROM charges ORDER BY id"):
+        for row in connection.execute(f"SELECT {COLUMN_LIST} FROM charges ORDER BY id"):
             record = record_in(row)
             if record.id in found:
                 world.problem(f"{record.id} stands in two files")

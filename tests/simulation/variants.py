@@ -43,6 +43,8 @@ from metered_billing.credits.line import Line
 from metered_billing.credits.sender import Sender, Silence
 from metered_billing.errors import InsufficientCredits
 from metered_billing.journal import lock, sqlite
+from metered_billing.journal.rows import columns_of
+from metered_billing.journal.slot import Slot
 from metered_billing.journal.sqlite import SqliteJournal
 from metered_billing.ledger.grouped import GroupedBooks
 from metered_billing.metered import Terms
@@ -685,7 +687,7 @@ def _fence(condition: str, where: Callable[[Record], bool] = lambda before: True
         if not where(before):
             return write(self, before, after, durable=durable)
         slot = self._adopted.get(before.owner) or self._place()
-        _, _, state, _, tries, due_at, closed_at, body = sqlite._columns(after)
+        _, _, state, _, tries, due_at, closed_at, body = columns_of(after)
 
         def update(connection: Any) -> bool:
             cursor = connection.execute(
@@ -704,13 +706,13 @@ def _fence(condition: str, where: Callable[[Record], bool] = lambda before: True
 @variant
 def opened_is_not_synced() -> Iterator[None]:
     """`opened` is synced to disk before the first send."""
-    open_it, run = SqliteJournal.open, sqlite._Slot.run
+    open_it, run = SqliteJournal.open, Slot.run
 
     def unsynced(self: Any, operation: Any, *, durable: bool, **options: Any) -> Any:
         return run(self, operation, durable=False, **options)
 
     def broken(self: Any, record: Record) -> Awaitable[None]:
-        with replaced(sqlite._Slot, "run", unsynced):
+        with replaced(Slot, "run", unsynced):
             return open_it(self, record)
 
     with replaced(SqliteJournal, "open", broken):

@@ -19,7 +19,7 @@ from typing import Any
 
 from metered_billing.charge import State
 from metered_billing.journal import JournalError, aside
-from metered_billing.journal.sqlite import COLUMNS, SCHEMA, record_in, text_or_bytes
+from metered_billing.journal.rows import COLUMNS, SCHEMA, record_in, text_or_bytes
 from metered_billing.schemas import prepare_sqlite
 
 

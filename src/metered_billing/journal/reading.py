@@ -17,7 +17,8 @@ from urllib.parse import quote
 from metered_billing.charge import Record, State
 from metered_billing.journal import JournalError, NoJournal, aside, transaction_in
 from metered_billing.journal.lock import FileLock
-from metered_billing.journal.sqlite import SCHEMA, _look, record_in
+from metered_billing.journal.rows import SCHEMA, record_in
+from metered_billing.journal.slot import look
 
 PAGE = 500
 """Rows that are read at a time: memory is bounded by it, and so is how long a running app's log is held back."""
@@ -224,11 +225,11 @@ class SqliteReader:
             if FileLock.held(lock):
                 # Percent signs and question marks are a URL's own.
                 return True, sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro", uri=True)
-            before = _look(path)
+            before = look(path)
             for suffix in ("", "-wal"):
                 with contextlib.suppress(FileNotFoundError):
                     shutil.copyfile(f"{path}{suffix}", copies / f"{path.name}{suffix}")
-            if _look(path) == before and not FileLock.held(lock):
+            if look(path) == before and not FileLock.held(lock):
                 return False, sqlite3.connect(copies / path.name)
             for copy in copies.glob(f"{path.name}*"):
                 copy.unlink()

@@ -13,18 +13,18 @@ import functools
 import sqlite3
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from metered_billing.charge import Record
-from metered_billing.commits import StorageError, Waiting
-from metered_billing.journal import JournalError, aside, body_of, record_of, states_of, taken_for
+from metered_billing.commits import StorageError
+from metered_billing.journal import JournalError, aside, body_of, states_of, taken_for
 from metered_billing.journal.lock import FileLock, call_in_forked_child
+from metered_billing.journal.rows import COLUMN_LIST, SCHEMA, columns_of, record_in, rows_of
+from metered_billing.journal.slot import File, Open, SetAside, Slot, Write, look
 from metered_billing.runtime import Executor, Runtime
-from metered_billing.schemas import Schema, SchemaMismatch, prepare_sqlite
-from metered_billing.sqlite import SqliteFile, is_corrupt
+from metered_billing.schemas import SchemaMismatch, prepare_sqlite
 from metered_billing.telemetry import Telemetry
 
 T = TypeVar("T")
@@ -38,50 +38,6 @@ STEPS_AT_A_TIME = 40
 
 SLACK_PAGES = 256
 """Free pages that a file may keep: it will need them again."""
-
-_VERSION_1 = (
-    """CREATE TABLE IF NOT EXISTS charges (
-        id TEXT PRIMARY KEY,
-        owner TEXT NOT NULL,
-        state TEXT NOT NULL,
-        opened_at REAL NOT NULL,
-        tries INTEGER NOT NULL,
-        due_at REAL NOT NULL,
-        closed_at REAL,
-        request_id TEXT,
-        body TEXT NOT NULL
-    ) WITHOUT ROWID""",
-    "CREATE TABLE IF NOT EXISTS about (realm TEXT NOT NULL)",
-    "CREATE INDEX IF NOT EXISTS charges_due ON charges (due_at) WHERE closed_at IS NULL",
-    "CREATE INDEX IF NOT EXISTS charges_closed ON charges (closed_at, id)"
-    " WHERE closed_at IS NOT NULL AND state <> 'disputed'",
-    "CREATE INDEX IF NOT EXISTS charges_request ON charges (request_id) WHERE request_id IS NOT NULL",
-)
-_VERSION_2 = (
-    # Covers what a hundred thousand unsettled charges are counted by, and is searched by owner first, so that
-    # a file can be taken over a little at a time.
-    "CREATE INDEX IF NOT EXISTS charges_unsettled ON charges (owner, due_at, id, state, opened_at, closed_at)"
-    " WHERE closed_at IS NULL",
-    "DROP INDEX IF EXISTS charges_due",
-)
-
-_VERSION_3 = (
-    # Requests' ids come in no order, so that each new charge had a page of its own to write to keep this index.
-    # What is searched for by them, a person looks for, now and then: a file is read through in a moment.
-    "DROP INDEX IF EXISTS charges_request",
-)
-
-SCHEMA = Schema("journal", (_VERSION_1, _VERSION_2, _VERSION_3))
-
-COLUMNS = ("id", "owner", "state", "opened_at", "tries", "due_at", "closed_at", "body")
-_COLUMNS = ", ".join(COLUMNS)
-_Row = tuple[str, str, str, float, int, float, float | None, str]
-
-OPEN = f"INSERT INTO charges ({_COLUMNS}, request_id) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
-WRITE = (
-    "UPDATE charges SET state = ?, tries = ?, due_at = ?, closed_at = ?, body = ?"
-    " WHERE id = ? AND owner = ? AND state IN (?, ?)"
-)
 
 
 class SqliteJournal:
@@ -105,9 +61,9 @@ class SqliteJournal:
         self._mutex = threading.Lock()
         self._starting: concurrent.futures.Future[None] | None = None
         self._executor: Executor | None = None
-        self._own: _Slot | None = None
+        self._own: Slot | None = None
         self._realm = ""
-        self._adopted: dict[str, _Slot] = {}
+        self._adopted: dict[str, Slot] = {}
         # Dead processes' files in which nothing is left to do, as they looked then.
         self._done_with: dict[Path, tuple[int, ...]] = {}
 
@@ -162,14 +118,14 @@ class SqliteJournal:
         slot = self._place()
         if record.owner != slot.owner:
             raise JournalError(f"charge {record.id} was made before the journal was closed")
-        return slot.run(_Open(slot.file, (*_columns(record), record.request_id)), durable=True)
+        return slot.run(Open(slot.file, (*columns_of(record), record.request_id)), durable=True)
 
     def write(self, before: Record, after: Record, *, durable: bool) -> Awaitable[bool]:
         # An owner that we are not any more is nowhere on record, so that any file says False.
         slot = self._adopted.get(before.owner) or self._place()
         # Plain strings: SQLite asks for an adapter of any other kind, at each value.
         values = (str(after.state), after.tries, after.due_at, after.closed_at, body_of(after))
-        return slot.run(_Write((*values, before.id, before.owner, *states_of(before))), durable=durable)
+        return slot.run(Write((*values, before.id, before.owner, *states_of(before))), durable=durable)
 
     def holds(self, record: Record) -> bool:
         own = self._own
@@ -182,7 +138,7 @@ class SqliteJournal:
         await self._give_back()
         found = 0
         for path in aside.live(self._directory):
-            if path not in {slot.path for slot in self._slots()} and self._done_with.get(path) != _look(path):
+            if path not in {slot.path for slot in self._slots()} and self._done_with.get(path) != look(path):
                 found += await self._adopt(path, now)
         self._report_set_aside()
         return found
@@ -191,9 +147,9 @@ class SqliteJournal:
         def select(owner: str, connection: sqlite3.Connection) -> tuple[list[Record], dict[str, str]]:
             found: list[Record] = []
             unreadable: dict[str, str] = {}
-            for row in _rows(
+            for row in rows_of(
                 connection,
-                f"SELECT {_COLUMNS} FROM charges WHERE closed_at IS NULL AND due_at <= ? AND owner = ?"  # noqa: S608
+                f"SELECT {COLUMN_LIST} FROM charges WHERE closed_at IS NULL AND due_at <= ? AND owner = ?"  # noqa: S608
                 " ORDER BY due_at, id",
                 (now, owner),
             ):
@@ -226,7 +182,7 @@ class SqliteJournal:
 
     async def unsettled(self, now: float) -> Mapping[str, tuple[int, float]]:
         def select(owner: str, connection: sqlite3.Connection) -> list[tuple[str, int, float]]:
-            rows = _rows(
+            rows = rows_of(
                 connection,
                 "SELECT state, COUNT(*), MIN(opened_at) FROM charges"
                 " WHERE closed_at IS NULL AND owner = ? GROUP BY state",
@@ -279,7 +235,7 @@ class SqliteJournal:
 
     # Files.
 
-    async def _take_place(self, executor: Executor) -> "_Slot":
+    async def _take_place(self, executor: Executor) -> "Slot":
         """The first file whose lock is free and that can be read, as ours."""
         try:
             aside.make_directory(self._directory)
@@ -294,7 +250,7 @@ class SqliteJournal:
                         await self._lay_out(slot)
                         self._report_set_aside()
                         return slot
-                except _SetAside:
+                except SetAside:
                     continue  # its name is free
                 except JournalError as error:
                     if not existed or isinstance(error.__cause__, SchemaMismatch):
@@ -311,11 +267,11 @@ class SqliteJournal:
             return 0
         try:
             slot = self._lock(path, executor)
-            if slot is not None and not _look(path):  # set aside, or removed, meanwhile
+            if slot is not None and not look(path):  # set aside, or removed, meanwhile
                 await slot.release()
                 return 0
             left = 0 if slot is None else await self._take_over(slot, now)
-        except _SetAside:
+        except SetAside:
             return 0
         except (JournalError, OSError) as error:
             self._unusable[path.name] = str(error)
@@ -329,7 +285,7 @@ class SqliteJournal:
             self._adopted[slot.owner] = slot
         return left
 
-    def _lock(self, path: Path, executor: Executor) -> "_Slot | None":
+    def _lock(self, path: Path, executor: Executor) -> "Slot | None":
         """The file under our lock, or None where a living process has it."""
         lock = FileLock.take(path.with_suffix(".lock"))
         if lock is None:
@@ -339,7 +295,7 @@ class SqliteJournal:
         except BaseException:
             lock.release()
             raise
-        file = _File(
+        file = File(
             path,
             "",
             executor,
@@ -349,9 +305,9 @@ class SqliteJournal:
             clock=self._runtime.monotonic,
         )
         file.lock = lock
-        return _Slot(path, lock, file, self._runtime.new_id())
+        return Slot(path, lock, file, self._runtime.new_id())
 
-    async def _take_over(self, slot: "_Slot", now: float | None = None) -> int:
+    async def _take_over(self, slot: "Slot", now: float | None = None) -> int:
         """Make the unsettled charges of a file ours, and due. Returns how many. Releases it if that fails."""
         due_at = self._runtime.now() if now is None else now
 
@@ -384,9 +340,9 @@ class SqliteJournal:
                 await slot.release()
                 raise
             told = await self._set_aside(slot)
-            raise (JournalError if slot.aside is None else _SetAside)(told) from error
+            raise (JournalError if slot.aside is None else SetAside)(told) from error
 
-    async def _lay_out(self, slot: "_Slot") -> None:
+    async def _lay_out(self, slot: "Slot") -> None:
         """Lay a file of version 1 out anew, so that it can shrink.
 
         VACUUM is a transaction of its own: whatever dies meanwhile, the file is as it was, or as it is to be.
@@ -426,7 +382,7 @@ class SqliteJournal:
             if left == 0 and (slot := self._adopted.pop(owner, None)) is not None:
                 await self._release(slot)
 
-    async def _release(self, slot: "_Slot") -> None:
+    async def _release(self, slot: "Slot") -> None:
         """Release a file in which nothing is left to do, and leave it alone until somebody has written to it."""
         await slot.release()
         self._done_with[slot.path] = slot.left_as
@@ -446,7 +402,7 @@ class SqliteJournal:
                     await slot.release()
         return results
 
-    async def _shrink(self, slot: "_Slot") -> None:
+    async def _shrink(self, slot: "Slot") -> None:
         """Give free pages back to the disk, a few at a time; the next look through the journal goes on."""
 
         def step(connection: sqlite3.Connection) -> bool:
@@ -466,7 +422,7 @@ class SqliteJournal:
 
     # Corrupt files.
 
-    async def _lose(self, file: "_File") -> None:
+    async def _lose(self, file: "File") -> None:
         """A file of ours turned out to be corrupt while in use: set it aside. Our own place we take anew.
 
         What was under way in it is unknown, and stays with the file, for a person. Its requests find their
@@ -487,7 +443,7 @@ class SqliteJournal:
             with contextlib.suppress(JournalError):
                 await self.start(self._realm)
 
-    async def _set_aside(self, slot: "_Slot") -> str:
+    async def _set_aside(self, slot: "Slot") -> str:
         """Rename it, close it and let go of it, and report it. Returns what is reported."""
         await slot.release(aside_at=self._runtime.now())
         name = slot.path.name if slot.aside is None else slot.aside.name
@@ -503,157 +459,13 @@ class SqliteJournal:
         for name in found:
             self._unusable.setdefault(name, f"{name} was corrupt, and set aside. {_BY_HAND}")
 
-    def _slots(self) -> "list[_Slot]":
+    def _slots(self) -> "list[Slot]":
         return [slot for slot in (self._own, *self._adopted.values()) if slot is not None]
 
-    def _place(self) -> "_Slot":
+    def _place(self) -> "Slot":
         if self._own is None:
             raise JournalError("the journal is closed")
         return self._own
-
-
-class _File(SqliteFile):
-    """A file of the journal. What is opened and written at the same time goes in by one call each.
-
-    Attributes:
-        lock: What it is held by.
-        corrupt: What SQLite said when the file turned out to be.
-        lost: What is done then, before whoever waits is told.
-    """
-
-    lock: FileLock
-    corrupt: str | None = None
-    lost: "weakref.WeakMethod[Callable[[_File], Coroutine[Any, Any, None]]] | None" = None
-
-    def check_in_place(self) -> None:
-        """
-        Raises:
-            JournalError: What is in it can still be finished; what is new would be lost with this process.
-        """
-        if not (self.in_place() and self.lock.in_place()):
-            raise JournalError(f"{self.path} was removed while it was in use: restart")
-
-    def _operate(self, connection: sqlite3.Connection, batch: list[Waiting[sqlite3.Connection]]) -> list[Any]:
-        operations = [waiting.operation for waiting in batch]
-        opened = [operation.values for operation in operations if type(operation) is _Open]
-        written = [operation.values for operation in operations if type(operation) is _Write]
-        if len(operations) == 1 or len(opened) + len(written) < len(operations):
-            return super()._operate(connection, batch)
-        # What is opened here may be written here too, and never the other way round.
-        if opened:
-            self.check_in_place()
-            connection.executemany(OPEN, opened)
-        if written and connection.executemany(WRITE, written).rowcount != len(written):
-            raise StorageError("not all of them were as they were read: each for itself")
-        return [None if type(operation) is _Open else True for operation in operations]
-
-    def _fail(self, future: "asyncio.Future[Any]", error: BaseException) -> None:
-        if isinstance(error, JournalError):
-            future.set_exception(error)
-            return
-        told = JournalError(f"{self.path}: {error}")
-        told.__cause__ = error
-        lose = None
-        if is_corrupt(error):
-            self.corrupt = str(told)
-            lose = None if self.lost is None else self.lost()
-        if lose is None:
-            future.set_exception(told)
-        else:
-            losing = future.get_loop().create_task(self._lose(lose, future, told))
-            _LOSING.add(losing)
-            losing.add_done_callback(_LOSING.discard)
-
-    async def _lose(
-        self, lose: "Callable[[_File], Coroutine[Any, Any, None]]", future: "asyncio.Future[Any]", told: JournalError
-    ) -> None:
-        try:
-            await lose(self)
-        finally:
-            if not future.done():
-                future.set_exception(told)
-
-
-_LOSING: set[asyncio.Task[None]] = set()
-"""A loop itself does not hold on to its tasks."""
-
-
-@dataclass(slots=True)
-class _Open:
-    """A charge that is put on record."""
-
-    file: _File
-    values: tuple[object, ...]
-
-    def __call__(self, connection: sqlite3.Connection) -> None:
-        self.file.check_in_place()
-        connection.execute(OPEN, self.values)
-
-
-@dataclass(slots=True)
-class _Write:
-    """A compare-and-set of a charge."""
-
-    values: tuple[object, ...]
-
-    def __call__(self, connection: sqlite3.Connection) -> bool:
-        return connection.execute(WRITE, self.values).rowcount == 1
-
-
-@dataclass(slots=True)
-class _Slot:
-    """A file of the journal, under our lock, and the name that its charges are ours under."""
-
-    path: Path
-    lock: FileLock
-    file: "_File"
-    owner: str
-    _mutex: threading.Lock = field(default_factory=threading.Lock)
-    _released: bool = False
-    left_as: tuple[int, ...] = ()
-    aside: Path | None = None
-
-    def run(self, operation: Callable[[sqlite3.Connection], T], *, durable: bool) -> "asyncio.Future[T]":
-        """Queue an operation."""
-        # Not a coroutine: the write must be in the queue when this returns. Nor a task: there are four a charge.
-        try:
-            with self._mutex:
-                if self._released:  # another event loop was faster; the file is not ours any more
-                    raise JournalError(f"{self.path.name} is closed")
-                return self.file.run(operation, durable=durable)
-        except StorageError as error:
-            raise JournalError(str(error)) from error
-
-    def between(self, operation: Callable[[sqlite3.Connection], T]) -> Awaitable[T]:
-        """Run it outside any transaction."""
-        with self._mutex:
-            if self._released:
-                raise JournalError(f"{self.path.name} is closed")
-            return self.file.between(operation)
-
-    def release(self, *, aside_at: float | None = None) -> Awaitable[None]:
-        """Finish what is queued, close the file, then let go of the lock, whoever waits for it or not.
-
-        Args:
-            aside_at: Set the file aside first, under this time.
-        """
-        with self._mutex:
-            self._released = True
-            # Renamed while it is open: closing it merges its log, and removes that by its name.
-            first = None if aside_at is None else functools.partial(self._set_aside, aside_at)
-            return self.file.close(first=first, then=self._let_go)
-
-    def _set_aside(self, now: float) -> None:
-        with contextlib.suppress(OSError):
-            self.aside = aside.set_aside(self.path, now)
-
-    def _let_go(self) -> None:
-        self.left_as = _look(self.path)
-        self.lock.release()
-
-
-class _SetAside(JournalError):
-    """The file was corrupt, and is out of the way."""
 
 
 _BY_HAND = (
@@ -662,69 +474,6 @@ _BY_HAND = (
 )
 
 _SIZES = ("page_count", "freelist_count")
-
-
-def _rows(connection: sqlite3.Connection, statement: str, values: tuple[object, ...]) -> Iterator[Any]:
-    """Rows whose text may be bytes: one that is no UTF-8 must not keep the others from being read."""
-    cursor = connection.cursor()
-    before, connection.text_factory = connection.text_factory, text_or_bytes
-    try:
-        yield from cursor.execute(statement, values)
-    finally:
-        cursor.close()
-        connection.text_factory = before
-
-
-def text_or_bytes(raw: bytes) -> str | bytes:
-    """Text as SQLite gives it; bytes where it is no UTF-8."""
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return raw
-
-
-def _columns(record: Record) -> _Row:
-    return (
-        record.id,
-        record.owner,
-        str(record.state),
-        record.opened_at,
-        record.tries,
-        record.due_at,
-        record.closed_at,
-        body_of(record),
-    )
-
-
-def record_in(row: _Row) -> Record:
-    """The record in a row of `COLUMNS`.
-
-    Raises:
-        JournalError: It cannot be read.
-    """
-    charge_id, owner, state, opened_at, tries, due_at, closed_at, body = row
-    if not isinstance(charge_id, str):
-        raise JournalError(f"charge {charge_id!r} cannot be read: its id is no text")
-    return record_of(
-        charge_id,
-        body,
-        owner=owner,
-        state=state,
-        opened_at=opened_at,
-        tries=tries,
-        due_at=due_at,
-        closed_at=closed_at,
-    )
-
-
-def _look(path: Path) -> tuple[int, ...]:
-    """What changes when somebody writes to the file: itself, or its log while that is not merged yet."""
-    found: list[int] = []
-    for name in (path, path.with_name(path.name + "-wal")):
-        with contextlib.suppress(OSError):
-            stat = name.stat()
-            found += (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-    return tuple(found)
 
 
 _INHERITED: list[Any] = []

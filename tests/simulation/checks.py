@@ -2,16 +2,18 @@
 
 import sqlite3
 from collections import defaultdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metered_billing.biller import JOURNAL_WITHIN_S
 from metered_billing.charge import Account, Record, State
 from metered_billing.journal.rows import COLUMN_LIST, record_in
 from tests.simulation.app import Story
-from tests.simulation.world import World
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
 
 
-def check(world: World, entries: list[dict[str, Any]], balances: dict[Account, int]) -> None:
+def check(world: "World", entries: list[dict[str, Any]], balances: dict[Account, int]) -> None:
     """Compare ledger, journal and what clients saw. What does not hold becomes a problem of the world's."""
     records = records_of(world)
     for record in records.values():
@@ -38,7 +40,7 @@ def check(world: World, entries: list[dict[str, Any]], balances: dict[Account, i
         world.problem(f"deductions of no request: {dict(by_request)}")
 
 
-def records_of(world: World) -> dict[str, Record]:
+def records_of(world: "World") -> dict[str, Record]:
     """All records of all the journal's files."""
     found: dict[str, Record] = {}
     for path in sorted((world.directory / "journal").glob("*.db")):
@@ -55,7 +57,7 @@ def records_of(world: World) -> dict[str, Record]:
     return found
 
 
-def _sums(world: World, entries: list[dict[str, Any]], balances: dict[Account, int]) -> None:
+def _sums(world: "World", entries: list[dict[str, Any]], balances: dict[Account, int]) -> None:
     for account, balance in balances.items():
         moved = sum(entry["amount"] for entry in entries if _account(entry) == account)
         if moved != balance or balance < 0:
@@ -67,7 +69,7 @@ def _account(entry: dict[str, Any]) -> Account:
 
 
 def _charge(
-    world: World,
+    world: "World",
     story: Story,
     deduction: dict[str, Any] | None,
     back: list[dict[str, Any]],
@@ -113,7 +115,7 @@ def _charge(
         world.problem(f"{say}: {outcome.kept_credits} were to be kept, by the outcome on record")
 
 
-def _allowed(world: World, story: Story) -> set[int]:
+def _allowed(world: "World", story: Story) -> set[int]:
     """What may be kept of a charge, in credits."""
     if not story.ran:
         return {0}
@@ -150,7 +152,7 @@ def _unfinished(story: Story, whole: int) -> set[int]:
     return {whole}
 
 
-def _answer(world: World, story: Story) -> None:
+def _answer(world: "World", story: Story) -> None:
     """What the client was answered."""
     if story.process is None:
         return

@@ -43,6 +43,7 @@ from metered_billing.service import create_app
 from metered_billing.service.tokens import Tokens
 from metered_billing.telemetry import Telemetry
 from tests.simulation.app import ACCOUNTS, ROUTES, Story, account_of, make_story
+from tests.simulation.checks import check
 from tests.simulation.disk import Disk
 from tests.simulation.faults import Profile
 from tests.simulation.loop import PROCESS, VirtualLoop
@@ -772,7 +773,6 @@ class World:
                 self.problem(f"{story.id} is answered {story.status} although nothing fails any more")
 
     async def _check(self) -> None:
-        from tests.simulation.checks import check
 
         entries = [entry for tenant in ("acme", "zeta") for entry in await self.entries(tenant)]
         balances = {}

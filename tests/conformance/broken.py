@@ -551,6 +551,14 @@ class DeclinesWithoutAWord(Service):
         return httpx.Response(402) if response.status_code == 402 else response
 
 
+class NumbersItsUsers(Service):
+    async def answer(self, request: httpx.Request) -> httpx.Response:
+        response = await self.real(request)
+        if is_deduction(request) and response.status_code in (200, 201):
+            return httpx.Response(response.status_code, json={**response.json(), "user_id": 0})
+        return response
+
+
 class HidesReplays(Service):
     async def answer(self, request: httpx.Request) -> httpx.Response:
         response = await self.real(request)

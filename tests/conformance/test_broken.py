@@ -78,6 +78,7 @@ LIMITED = {
     broken.HidesRefunds: "transaction-with-refunds",
     broken.TellsWrongBalances: "balance-told",
     broken.DeclinesWithoutAWord: "decline-says-why",
+    broken.NumbersItsUsers: "deduction-names-account",
     broken.HidesReplays: "replay-says-so",
     broken.NamelessUnauthorized: "problem-unauthorized",
     broken.NamelessNotFound: "problem-not-found",

@@ -244,6 +244,7 @@ class TestDeductionAnswers:
             {"tenant_id": "another"},
             {"user_id": "another"},
             {"user_id": 7},
+            {"user_id": ""},
             {"tenant_id": 7},
         ],
     )
@@ -257,6 +258,7 @@ class TestDeductionAnswers:
         """Somebody else would have paid."""
         pool = record(account=Account("acme"))
         assert CONTRACT.read_deduction(pool, answer(201, DEDUCTION)) == Unknown("broken reply (HTTP 201)")
+        assert CONTRACT.read_deduction(pool, answer(201, DEDUCTION | {"user_id": ""})) == Deducted("tx-1", 90)
 
     def test_one_credit_is_not_true(self) -> None:
         """`true` is not 1, though Python thinks so."""

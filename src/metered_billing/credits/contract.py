@@ -354,8 +354,8 @@ def _refused(reply: Reply) -> Refused | Unanswered:
 
 
 def _names(answer: _DeductionAnswer, account: Account) -> bool:
-    """Whether an answer is about this account; it need not say whose it is."""
-    return answer.tenant_id in (None, account.tenant_id) and answer.user_id in (None, account.user_id)
+    """Whether an answer is about this account; it need not say whose it is. No user's, or "", is the shared pool."""
+    return answer.tenant_id in (None, account.tenant_id) and answer.user_id in (None, account.user_id or "")
 
 
 def _account(record: Record) -> dict[str, str]:

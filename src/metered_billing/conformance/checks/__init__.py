@@ -5,7 +5,7 @@ what an answer says was moved; it counts from what the account holds when it beg
 whatever it took, for the bench gives all of it back.
 """
 
-from metered_billing.conformance.checks import batches, forms, lookups, required, undoing
+from metered_billing.conformance.checks import batches, forms, lookups, required, voids
 from metered_billing.conformance.checks.check import CHECKS, DO_NOT, GROUPS, NEEDED, PROMISES, Check
 
 # In the order in which they are told, whichever module was read first.
@@ -22,5 +22,5 @@ __all__ = [
     "forms",
     "lookups",
     "required",
-    "undoing",
+    "voids",
 ]

@@ -2,10 +2,11 @@
 
 from uuid import uuid4
 
-from metered_billing.charge import Account
+from metered_billing.charge import Account, Deducted, Record
 from metered_billing.conformance.bench import Bench, Broken, number
 from metered_billing.conformance.checks.check import check
 from metered_billing.conformance.checks.reading import NO_AMOUNTS, given, holds, need_voids, problem, refused, taken
+from metered_billing.credits.contract import Contract
 
 
 @check(
@@ -31,6 +32,24 @@ async def balance_told(bench: Bench) -> None:
 def _same(told: int | None, held: int, what: str) -> None:
     if told != held:
         raise Broken(f"{what} told a balance of {told}, and GET /v1/balance one of {held}")
+
+
+@check(
+    "deduction-names-account",
+    "forms",
+    1,
+    tried="the `tenant_id` and `user_id` that a deduction is answered with",
+    expected="those that were sent, as texts, or none",
+    without="The library takes an answer about another account for none: each client hears 503, and each deduction is "
+    "voided.",
+)
+async def deduction_names_account(bench: Bench) -> None:
+    reply = await bench.deduct(1, bench.new_key())
+    taken(reply, 1)
+    record = Record(id="-", account=bench.account, amount_credits=1, units=1, opened_at=0.0)
+    if not isinstance(Contract().read_deduction(record, reply), Deducted):
+        told = [reply.body.get(name) for name in ("tenant_id", "user_id")]
+        raise Broken(f"it names {told[0]!r} and {told[1]!r}, not {bench.account}")
 
 
 @check(

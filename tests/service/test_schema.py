@@ -5,6 +5,7 @@ unless it stands in `EXPLAINED` with the reason why it is none. `make fuzz` does
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,11 +92,18 @@ def parameter_that_was_not_sent(case: Case, answer: Response) -> bool:
     return not (case.query or {}).keys() <= sent.keys()
 
 
+def sent_as_a_text(case: Case, answer: Response) -> bool:
+    """A query has neither lists nor objects: of one with a single item, or name, just that arrives."""
+    sent = parse_qs(urlsplit(answer.request.url or "").query, keep_blank_values=True)
+    several = [name for name, value in (case.query or {}).items() if isinstance(value, list | dict)]
+    return any(len(sent.get(name, ())) == 1 for name in several)
+
+
 REASONS = (float_that_is_whole, cursor_that_was_not_given_out, metadata_that_is_too_long)
 
 EXPLAINED: dict[type[Failure], tuple[Callable[[Case, Response], bool], ...]] = {
     RejectedPositiveData: (of_the_books, fields_are_explained),
-    AcceptedNegativeData: (operation_has_its_own_answer, parameter_that_was_not_sent),
+    AcceptedNegativeData: (operation_has_its_own_answer, parameter_that_was_not_sent, sent_as_a_text),
 }
 
 
@@ -159,6 +167,14 @@ def test_all_checks_are_known(schema: Any) -> None:
     """Those that the module above speaks of are those that run."""
     assert schema is not None  # it registers them
     assert set(schemathesis.checks.CHECKS.get_all_names()) == CHECKS
+
+
+def test_metadata_are_texts_that_a_database_can_hold(described: FastAPI) -> None:
+    """Neither names nor values with NUL: what is refused stands in the description, so that a client is told."""
+    (metadata, _) = described.openapi()["components"]["schemas"]["DeductionBody"]["properties"]["metadata"]["anyOf"]
+    for pattern in (metadata["propertyNames"]["pattern"], metadata["additionalProperties"]["pattern"]):
+        assert re.search(pattern, "two\nlines")
+        assert not re.search(pattern, "a\x00b")
 
 
 OPERATIONS = [

@@ -28,6 +28,8 @@ MAX_OPERATIONS = 1000
 
 MAX_TRACEPARENT_LENGTH = 255
 
+WITHOUT_NUL = r"^[^\x00]*$"
+
 
 def _without_nul(value: str) -> str:
     if "\x00" in value:
@@ -48,13 +50,19 @@ Reason = Annotated[
     StringConstraints(strict=True, min_length=1, max_length=MAX_REASON_LENGTH),
     AfterValidator(_without_nul),
     # For the description alone.
-    Field(json_schema_extra={"pattern": r"^[^\x00]*$"}),
+    Field(json_schema_extra={"pattern": WITHOUT_NUL}),
 ]
 Items = Annotated[list[Id], Field(max_length=MAX_ITEMS, description="The ids of what failed.")]
 Metadata = Annotated[
     dict[str, str],
     AfterValidator(_metadata),
-    Field(description="For people to read: a flat map of strings, at most 2 KiB as JSON."),
+    Field(
+        description="For people to read: a flat map of strings, at most 2 KiB as JSON.",
+        json_schema_extra={
+            "propertyNames": {"pattern": WITHOUT_NUL},
+            "additionalProperties": {"type": "string", "pattern": WITHOUT_NUL},
+        },
+    ),
 ]
 
 

@@ -218,10 +218,11 @@ def test_app_killed_at_work_is_settled_by_the_next_process(demo: Demo) -> None:
     assert all(span["orphan"] or span["depth"] for span in trace["spans"])
     assert told[FAILED].startswith(f"Its process: app pid {first} died before the answer")
     assert told[LATER].startswith(f"Yes: by app pid {demo.pid('app')}, ")
-    *_, recovery_id = summary["linked"]  # On a busy machine a first try may have had no answer in time.
+    # On a busy machine a first try may have had no answer in time: each is a trace of its own.
+    for recovery_id in summary["linked"]:
+        told_of = demo.trace(recovery_id)["summary"]
+        assert (told_of["name"], told_of["linked"]) == ("recovery", [trace_id])
     recovery = whole(demo, recovery_id, "metered_billing.recover", "metered_billing.refund")
-    assert recovery["summary"]["name"] == "recovery"
-    assert recovery["summary"]["linked"] == [trace_id]
     links = [link for span in recovery["spans"] for link in span["links_to"]]
     assert {(link["trace_id"], link["name"]) for link in links} == {(trace_id, "metered_billing.deduct")}
     app, _ = demo.desk("state")["processes"]

@@ -41,11 +41,9 @@ T = TypeVar("T")
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 Cursor = psycopg.Cursor[tuple[Any, ...]]
+ClientCursor = psycopg.ClientCursor[tuple[Any, ...]]
 DatabaseError = psycopg.Error
 IntegrityError = psycopg.IntegrityError
-
-PIPELINES = psycopg.Pipeline.is_supported()
-"""Whether statements can be sent together; before libpq 14, each waits for the answer to the one before."""
 
 CONNECT_WITHIN_S = 3
 """How long connecting may take, per address."""
@@ -192,7 +190,10 @@ class PostgresDatabase(GroupCommit[Connection]):
         return connection
 
     def _connect(self) -> Connection:
-        connection = psycopg.connect(**self._parameters, autocommit=True, prepare_threshold=None)
+        # Values are written into the statement, so that it is one message: whoever stops within it has left the server
+        # idle, which it bears for seconds. The parts of an extended query, and all of a pipeline, are executed as they
+        # come: for the next of them it waits for ever, with all locks.
+        connection = psycopg.connect(**self._parameters, autocommit=True, cursor_factory=ClientCursor)
         self._connection = connection
         if self._stop_watching is None:
             this = weakref.ref(self)  # a thread must not keep alive what nobody else does

@@ -26,7 +26,7 @@ from metered_billing.charge import Record
 from metered_billing.commits import StorageError, Waiting
 from metered_billing.journal import JournalError, PlaceLost, body_of, record_of, states_of, taken_for
 from metered_billing.journal.lock import call_in_forked_child
-from metered_billing.postgres import Connection, DatabaseError, PostgresDatabase, first_line
+from metered_billing.postgres import ClientCursor, Connection, DatabaseError, PostgresDatabase, first_line
 from metered_billing.runtime import Runtime
 from metered_billing.schemas import Schema, SchemaMismatch, prepare_postgres
 from metered_billing.telemetry import Telemetry
@@ -335,9 +335,13 @@ class _Database(PostgresDatabase):
 
 def _execute_many(statement: LiteralString, values: list[tuple[object, ...]], connection: Connection) -> int:
     """Returns how many rows all of them changed together."""
-    with connection.cursor() as cursor:
-        cursor.executemany(statement, values)
-        return cursor.rowcount
+    cursor = ClientCursor(connection)
+    # One by one: only a statement that is short is taken apart but once.
+    done = cursor.execute("; ".join(cursor.mogrify(statement, row) for row in values).encode())
+    changed = done.rowcount
+    while done.nextset():
+        changed += done.rowcount
+    return changed
 
 
 class _Place:

@@ -6,7 +6,6 @@ the keys; all that is written; COMMIT. Refunds, and what was done before, cost o
 # ruff: noqa: S608  (only column names of ours go into a statement; values are bound)
 
 from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -15,7 +14,7 @@ from metered_billing.ledger.commands import Command
 from metered_billing.ledger.grouped import GroupedBooks, Pair, Row
 from metered_billing.ledger.rows import ENTRY, KEY, VOID, entry_of
 from metered_billing.ledger.rules import Entry, Held
-from metered_billing.postgres import PIPELINES, BeginAgain, Connection, Cursor
+from metered_billing.postgres import BeginAgain, Connection, Cursor
 from metered_billing.schemas import Schema
 
 # COLLATE "C", so that the order in which rows are locked is the same everywhere.
@@ -163,19 +162,11 @@ class PostgresBooks(GroupedBooks):
 
     def _lock(self, accounts: Sequence[Pair], keys: Collection[Pair]) -> None:
         asked = _columns(accounts)
-        with self._at_once():
-            # Rows are never deleted, so that whoever is past this statement finds all of its own, and waits in order.
-            self._send(
-                "INSERT INTO accounts (tenant_id, user_id, balance, granted) SELECT tenant_id, user_id, 0, 0"
-                " FROM unnest(%s::text[], %s::text[]) WITH ORDINALITY AS missing (tenant_id, user_id, n) ORDER BY n"
-                " ON CONFLICT DO NOTHING",
-                *asked,
-            )
-            locked = self._send(_ACCOUNTS.format("FOR UPDATE"), *asked)
-            # A statement of its own, which sees what was committed while the one before waited for its locks.
-            found = self._send(_KEYS, *_columns(keys))
-        self._held = {(tenant, user): Held(balance, granted) for tenant, user, balance, granted in locked.fetchall()}
-        self._note_keys(keys, found.fetchall())
+        done = self._send(_LOCK, *asked, *asked, *_columns(keys))
+        done.nextset()
+        self._held = {(tenant, user): Held(balance, granted) for tenant, user, balance, granted in done.fetchall()}
+        done.nextset()
+        self._note_keys(keys, done.fetchall())
 
     def _read_accounts(self, accounts: Sequence[Pair]) -> list[Row]:
         return self._ask(_ACCOUNTS.format(""), *_columns(accounts))
@@ -219,13 +210,15 @@ class PostgresBooks(GroupedBooks):
     def _send(self, statement: str, *values: str | int) -> Cursor:
         return self._connection.execute(statement.encode(), values)
 
-    def _at_once(self) -> AbstractContextManager[object]:
-        """What is sent within goes out together, and its results are there at the end: one round trip."""
-        return self._connection.pipeline() if PIPELINES else nullcontext()
-
 
 # Each row by its index, whatever the planner thinks. It was told little of a table that grows from nothing to thousands
 # of rows in a second, and where it takes it for small it reads all of it: a group then costs more with every other one.
+
+_MISSING = (
+    "INSERT INTO accounts (tenant_id, user_id, balance, granted) SELECT tenant_id, user_id, 0, 0"
+    " FROM unnest(%s::text[], %s::text[]) WITH ORDINALITY AS missing (tenant_id, user_id, n) ORDER BY n"
+    " ON CONFLICT DO NOTHING"
+)
 
 _ACCOUNTS = (
     "SELECT asked.tenant_id, asked.user_id, balance, granted"
@@ -242,6 +235,10 @@ _KEYS = (
     " LEFT JOIN LATERAL (SELECT * FROM voids"
     " WHERE tenant_id = asked.tenant_id AND idempotency_key = asked.key LIMIT 1) AS voided ON true"
 )
+
+_LOCK = f"{_MISSING}; {_ACCOUNTS.format('FOR UPDATE')}; {_KEYS}"
+"""Three statements, one round trip. Rows are never deleted, so that whoever is past the first finds all of its own, and
+waits for their locks in order; the last sees what was committed while the one before waited."""
 
 _ENTRIES = (
     f"SELECT {ENTRY} FROM unnest(%s::text[]) AS asked (entry_id)"

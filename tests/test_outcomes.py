@@ -1026,6 +1026,7 @@ def test_compressed_bomb_is_not_inflated() -> None:
     assert read(bomb, path="$[*]", encoding="gzip").unreadable == "more than 1000 bytes"
 
 
+@pytest.mark.no_cover
 def test_compressed_bomb_in_a_stream_is_not_inflated() -> None:
     """A chunk that blows up ends the reading; what was reported before it stays reported."""
     first = gzip.compress(lines({"status": "failed"}))
@@ -1034,6 +1035,7 @@ def test_compressed_bomb_in_a_stream_is_not_inflated() -> None:
     assert outcome == Outcome(2, unreadable="one chunk inflates to more than 8388608 bytes")
 
 
+@pytest.mark.no_cover
 def test_compressed_bomb_in_a_stream_ends_the_reading() -> None:
     """Of what comes after it nothing is looked at, and what was wrong first is what the outcome says."""
     reader = reader_for(200, NDJSON, "gzip", None, THREE, LIMIT)
@@ -1059,6 +1061,7 @@ def test_compressed_chunk_of_exactly_the_most_is_read() -> None:
     )
 
 
+@pytest.mark.no_cover
 def test_compressed_stream_of_empty_lines_is_cheap() -> None:
     """Millions of lines that cannot be JSON are passed over without trying each of them."""
     body = gzip.compress(b"\n" * 4_000_000 + b"x\n" * 1_000_000)

@@ -172,7 +172,7 @@ def test_void_that_is_refused_is_disputed(world: World) -> None:
     assert final(world) == [("disputed", "no")]
 
 
-@pytest.mark.parametrize("hours", [4, pytest.param(24, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("hours", [4, pytest.param(24, marks=[pytest.mark.slow, pytest.mark.no_cover])])
 def test_unanswered_refund_is_tried_again_for_a_day(world: World, hours: int, caplog: pytest.LogCaptureFixture) -> None:
     """From a second to five minutes, jittered, without end; and then it is made, once."""
     times = call_times(world, "refund")
@@ -629,6 +629,7 @@ def test_without_voids_an_unreachable_service_ends_the_round_too(world: World) -
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover
 def test_unreachable_service_is_asked_seldom_whatever_is_due(world: World) -> None:
     """2,000 refunds due: a round stops early, rounds back off, a few are under way at a time, and none is lost."""
     due_refunds(world, 2_000)

@@ -26,7 +26,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def start_service(
-    directory: Path, database: str = "sqlite:///credits.db", *options: str
+    directory: Path, database: str = "sqlite:///credits.db", *options: str, tokens: str = TOKENS
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Start it in the directory, wait until it is well, kill it afterwards.
 
@@ -39,7 +39,7 @@ def start_service(
     with subprocess.Popen(
         [sys.executable, "-c", main, "serve", "--port", str(port), "--database", database, *options],
         cwd=directory,
-        env={**os.environ, "METERED_BILLING_TOKENS": TOKENS},
+        env={**os.environ, "METERED_BILLING_TOKENS": tokens},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

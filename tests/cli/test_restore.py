@@ -6,12 +6,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from metered_billing import SqlCredits
 from metered_billing.charge import Deducted, Record, Refunded, Reported, Unknown, Voided, step
+from metered_billing.ledger import Ledger
+from tests.ledger.asking import refund
 from tests.scenes import charge, keep
+from tests.serving import TOKENS, start_service
 
 JOURNAL = Path("metered-billing-journal")
 LEDGER = "sqlite:///credits.db"
+
+
+def restore() -> None:
+    """Put the backup at the lost ledger's place."""
+    for lost in Path().glob("credits.db*"):
+        lost.unlink()
+    Path("copy.db").rename("credits.db")
 
 
 async def taken(credits: SqlCredits, record: Record) -> Record:  # noqa: A002
@@ -42,9 +54,7 @@ def test_restored_ledger_gives_back_nothing_that_it_did_not_take(run: Any) -> No
     assert run("backup", "copy.db").code == 0
     records = asyncio.run(since_the_backup())
     assert run("balance", "--tenant", "acme", "--user", "ann", CREDITS=LEDGER).out == "acme / ann: 63 credits\n"
-    for lost in Path().glob("credits.db*"):
-        lost.unlink()
-    Path("copy.db").rename("credits.db")
+    restore()
 
     recovered = run("recover", CREDITS=LEDGER)
     assert recovered.code == 3
@@ -74,18 +84,76 @@ def test_refunds_and_voids_since_the_backup_are_named_and_can_be_repeated(run: A
     run("grant", "100", "--tenant", "acme", "--user", "ann", "--reason", "test", CREDITS=LEDGER)
     records = asyncio.run(deducted_before_the_backup(run))
     assert run("reconcile", CREDITS=LEDGER).code == 0
-    Path("copy.db").rename("credits.db")
-    for lost in Path().glob("credits.db-*"):
-        lost.unlink()
+    restore()
 
     assert run("recover", CREDITS=LEDGER).out == "Nothing is left.\n"
     found = json.loads(run("reconcile", "--json", CREDITS=LEDGER).out)
     assert [each["kind"] for each in found["differences"]] == ["not refunded", "not undone"]
     assert f"by the refund {records[0].id}:refund" in run("explain", records[0].id).out
-    for _ in range(2):
-        asyncio.run(repeated(*records))
-        assert run("reconcile", CREDITS=LEDGER).out.startswith("0 differences: 2 charges")
+    assert "--repair gives back" in run("reconcile", CREDITS=LEDGER).out
+    assert run("balance", "--tenant", "acme", "--user", "ann", CREDITS=LEDGER).out == "acme / ann: 80 credits\n"
+
+    for back in ("2 charges. 13 credits", "0 charges. 0 credits"):
+        done = run("reconcile", "--repair", CREDITS=LEDGER)
+        assert (done.code, done.err) == (0, "")
+        assert done.out.startswith(f"Repaired: {back} went back.\n0 differences: 2 charges")
         assert run("balance", "--tenant", "acme", "--user", "ann", CREDITS=LEDGER).out == "acme / ann: 93 credits\n"
+        asyncio.run(repeated(*records))  # by hand it is the same, and moves nothing more
+
+
+@pytest.mark.slow
+def test_who_may_only_read_repairs_nothing(run: Any, tmp_path: Path) -> None:
+    """Each is still a difference, with the service's reason; with a token that may write, they are given back."""
+    run("grant", "100", "--tenant", "acme", "--user", "ann", "--reason", "test", CREDITS=LEDGER)
+    refunded, voided = asyncio.run(deducted_before_the_backup(run))
+    restore()
+    with start_service(tmp_path, tokens=f"{TOKENS},eyes=read:tenant:acme") as (_, url):
+        refused = run("reconcile", "--repair", "--json", CREDITS=url, TOKEN="eyes")
+        assert refused.code == 3
+        found = json.loads(refused.out)
+        assert (found["difference_count"], found["repaired_count"], found["repaired_credits"]) == (2, 0, 0)
+        assert set(found["not_repaired"]) == {refunded.id, voided.id}
+        assert (
+            f"{refunded.id} could not be repaired: HTTP 403"
+            in run("reconcile", "--repair", CREDITS=url, TOKEN="eyes").err
+        )
+        given = json.loads(run("reconcile", "--repair", "--json", CREDITS=url, TOKEN="acmes").out)
+        assert (given["difference_count"], given["repaired_count"], given["repaired_credits"]) == (0, 2, 13)
+        assert given["not_repaired"] == {}
+
+
+def test_what_only_a_person_can_decide_is_not_repaired(run: Any) -> None:
+    """A deduction that the ledger has lost is not taken again."""
+    run("grant", "100", "--tenant", "acme", "--user", "ann", "--reason", "test", CREDITS=LEDGER)
+    assert run("backup", "copy.db").code == 0
+    asyncio.run(since_the_backup())
+    restore()
+    done = run("reconcile", "--repair", CREDITS=LEDGER)
+    assert done.code == 3
+    assert done.out.startswith("Repaired: 0 charges. 0 credits went back.")
+    assert "no deduction: " in done.out
+    assert run("balance", "--tenant", "acme", "--user", "ann", CREDITS=LEDGER).out == "acme / ann: 100 credits\n"
+
+
+def test_refund_that_somebody_began_to_give_by_hand_is_not_repaired(run: Any) -> None:
+    """The whole of it besides would be too much."""
+    run("grant", "100", "--tenant", "acme", "--user", "ann", "--reason", "test", CREDITS=LEDGER)
+    settled, _ = asyncio.run(deducted_before_the_backup(run))
+    restore()
+    asyncio.run(given_by_hand(settled))
+    done = run("reconcile", "--repair", CREDITS=LEDGER)
+    assert done.code == 3
+    assert "not refunded: the journal has 3 refunded, the service 1" in done.out
+    assert done.out.startswith("Repaired: 1 charges. 10 credits went back.")
+    assert "--repair gives back" not in run("reconcile", CREDITS=LEDGER).out
+
+
+async def given_by_hand(settled: Record) -> None:
+    assert settled.transaction_id is not None
+    ledger = Ledger(LEDGER)
+    by_hand = refund(settled.transaction_id, 1, key="by-hand")
+    assert (await ledger.decide(by_hand)).done
+    await ledger.close()
 
 
 async def deducted_before_the_backup(run: Any) -> tuple[Record, Record]:

@@ -87,7 +87,7 @@ async def _look_through(
 ) -> dict[str, Looked]:
     """Look for the deductions through a mapping."""
     try:
-        service = open_credits(url, secret(token), Runtime(), _Silent(), contract=contract)
+        service = open_credits(url, secret(token), Runtime(), Silent(), contract=contract)
     except ValueError as error:
         raise Failure(f"{error}.", 2) from None
     looked: dict[str, Looked] = {}
@@ -178,7 +178,7 @@ async def entries_since(source: Source, tenant: str, user: str | None, since: fl
         cursor = following
 
 
-class _Silent(Telemetry):
+class Silent(Telemetry):
     """Whatever goes wrong is said by the command."""
 
     def log(self, *_: Any, **__: Any) -> None:

@@ -17,8 +17,9 @@ from metered_billing.cli.charges import looking_into
 from metered_billing.cli.failure import Failure
 from metered_billing.cli.lookup import entries_of, entries_since
 from metered_billing.cli.options import ATTENTION, JOURNAL, AnyTenant, CreditsUrl, Journal, Since, Token, read_since
+from metered_billing.cli.repair import Repairs, is_repairable
 from metered_billing.cli.source import Source, open_source
-from metered_billing.explain import moment, timestamp
+from metered_billing.explain import in_words, moment, timestamp
 from metered_billing.journal.reading import Seen, Wanted
 from metered_billing.reconcile import (
     MARGIN_S,
@@ -47,6 +48,8 @@ class Report:
         known_since: Since when every deduction has to be in the journal; None: it has no charges.
         others: Deductions of other apps or journals, counted only with `--shared`.
         attention: Charges for somebody to see to, and why.
+        repairable: Those of the differences that `--repair` can do something about.
+        repairs: What it has done; None: it was not asked to.
     """
 
     journal: str = ""
@@ -63,6 +66,8 @@ class Report:
     attention: list[tuple[Record, str]] = field(default_factory=list)
     unusable: dict[str, str] = field(default_factory=dict)
     realms: set[str] = field(default_factory=set)
+    repairable: list[tuple[Record, Difference]] = field(default_factory=list)
+    repairs: Repairs | None = None
 
     def differs(self, difference: Difference) -> None:
         self.difference_count += 1
@@ -85,13 +90,19 @@ def reconcile(
         bool,
         typer.Option("--shared", help="Other apps or journals charge these tenants too: count what is not ours."),
     ] = False,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair", help="Give back what the service has lost: refunds and voids, under the keys they had."
+        ),
+    ] = False,
     metrics: Annotated[
         Path | None, typer.Option(help="Write the numbers to this file, for Prometheus: a textfile collector's.")
     ] = None,
     contract: Annotated[str | None, typer.Option(hidden=True, help="Refused: a mapping has no such list.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare the journal with the service's transactions, both ways. Moves nothing; the app may be serving."""
+    """Compare the journal with the service's transactions, both ways. Moves nothing by itself; the app may serve."""
     if contract is not None:
         raise Failure(
             "--contract: a mapping has no list of all transactions in the credits API's words, which this compares."
@@ -101,7 +112,9 @@ def reconcile(
         )
     if not credits_url:
         raise Failure("Say where the credits are: --credits URL, or METERED_BILLING_CREDITS.", 2)
-    report = asyncio.run(_compare(journal, credits_url, token, tenant, read_since(since), shared=shared))
+    report = asyncio.run(
+        _reconcile(journal, credits_url, token, tenant, read_since(since), shared=shared, repair=repair)
+    )
     for name, why in report.unusable.items():
         terminal.complain(f"{name}: {why}")
     if as_json:
@@ -113,6 +126,18 @@ def reconcile(
         textfile.write(metrics, report.journal, _numbers(report))
     if report.difference_count or report.attention_count or report.unusable:
         raise typer.Exit(ATTENTION)
+
+
+async def _reconcile(
+    journal: str, url: str, token: str | None, tenant: str | None, since: float | None, *, shared: bool, repair: bool
+) -> Report:
+    repairs = Repairs() if repair else None
+    while True:
+        report = await _compare(journal, url, token, tenant, since, shared=shared)
+        report.repairs = repairs
+        if repairs is None or not (untried := repairs.untried(report.repairable)):
+            return report
+        await repairs.make(url, token, untried)
 
 
 async def _compare(
@@ -179,6 +204,8 @@ async def _look_twice(sheet: Worksheet, source: Source, report: Report) -> None:
         difference = compare(record, entries)
         if difference is not None:
             report.differs(difference)
+            if number < LISTED and is_repairable(difference, entries):
+                report.repairable.append((record, difference))
 
 
 def _look_for_unknown(sheet: Worksheet, journal: str, report: Report, *, shared: bool) -> None:
@@ -241,10 +268,21 @@ def _document(report: Report) -> dict[str, Any]:
             for record, why in report.attention
         ],
         "unusable": report.unusable,
+        **({} if report.repairs is None else _repaired(report, report.repairs)),
     }
 
 
+def _repaired(report: Report, repairs: Repairs) -> dict[str, Any]:
+    charges, back = repairs.done(report.differences)
+    return {"repaired_count": charges, "repaired_credits": back, "not_repaired": repairs.failed}
+
+
 def _show(report: Report) -> None:
+    if report.repairs is not None:
+        charges, back = report.repairs.done(report.differences)
+        terminal.say(f"Repaired: {charges:,} charges. {in_words(back)} went back.")
+        for charge_id, why in report.repairs.failed.items():
+            terminal.complain(f"{charge_id} could not be repaired: {why}")
     if report.differences:
         _table(
             ("charge", "tenant", "user", "credits", "difference"),
@@ -277,6 +315,8 @@ def _show(report: Report) -> None:
         terminal.say(f"{report.pending:,} pending, {report.attention_count:,} for somebody to see to{others}")
     if any(one.kind == "unknown deduction" for one in report.differences):
         terminal.say("Do other apps or journals charge these tenants? Then --shared counts what is not this journal's.")
+    if report.repairable and report.repairs is None:
+        terminal.say("What is not refunded or not undone, --repair gives back, under the keys that it had.")
     if report.difference_count and report.realms:
         terminal.say(f"This journal's charges were made at {', '.join(sorted(report.realms))}.")
 

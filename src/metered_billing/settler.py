@@ -268,6 +268,9 @@ class Settler:
         if record.id in self._complained:
             return
         self._complained |= {record.id} & self._live.keys()
+        if isinstance(error, JournalError):
+            # A disk that is full is a line: where it stands in our code helps nobody.
+            fields["reason"], error = str(error), None
         self._telemetry.log(names.LOG_JOURNAL_FAILED, record, span=span, exc_info=error, **fields)
 
     def spawn(self, record: Record, work: Coroutine[Any, Any, object]) -> None:

@@ -13,7 +13,7 @@ import re
 import socket
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, TypeVar
 
 try:
@@ -274,14 +274,7 @@ def version_of(url: str, tables: Schema, *, schema: str = "metered_billing") -> 
         psycopg.Error: Something else went wrong.
         ValueError: The URL is none of PostgreSQL's.
     """
-    parameters = _parameters(url)
-    try:
-        connection = psycopg.connect(**parameters, prepare_threshold=None, application_name="metered-billing check")
-    except psycopg.Error as error:
-        raise ConnectionLost(f"{place(parameters)} cannot be reached: {first_line(error)}") from error
-    connection.read_only = True
-    with connection:
-        connection.execute("SET LOCAL statement_timeout = '5s'")
+    with _looking(url) as connection:
         row = connection.execute("SELECT to_regnamespace(%s)", (schema,)).fetchone()
         if row == (None,):
             row = connection.execute("SELECT has_database_privilege(current_database(), 'CREATE')").fetchone()
@@ -293,6 +286,32 @@ def version_of(url: str, tables: Schema, *, schema: str = "metered_billing") -> 
                 return int(row[0])
         row = connection.execute("SELECT has_schema_privilege(%s, 'CREATE')", (schema,)).fetchone()
         return 0 if row == (True,) else None
+
+
+def may_insert(url: str, table: str, *, schema: str = "metered_billing") -> bool:
+    """Whether this role may add rows to a table. False where there is none.
+
+    Raises:
+        As `version_of`.
+    """
+    with _looking(url) as connection:
+        asked = (f"{schema}.{table}",)
+        row = connection.execute("SELECT has_table_privilege(to_regclass(%s)::oid, 'INSERT')", asked).fetchone()
+        return row == (True,)
+
+
+@contextlib.contextmanager
+def _looking(url: str) -> Iterator[Connection]:
+    """A connection of its own, in a read-only transaction."""
+    parameters = _parameters(url)
+    try:
+        connection = psycopg.connect(**parameters, prepare_threshold=None, application_name="metered-billing check")
+    except psycopg.Error as error:
+        raise ConnectionLost(f"{place(parameters)} cannot be reached: {first_line(error)}") from error
+    connection.read_only = True
+    with connection:
+        connection.execute("SET LOCAL statement_timeout = '5s'")
+        yield connection
 
 
 def place(parameters: Mapping[str, Any]) -> str:

@@ -420,3 +420,27 @@ def test_database_that_is_not_there(checked: Checked) -> None:
     assert not ok
     assert checks["credits"][0] == checks["journal"][0] == "wrong"
     assert "cannot be reached" in checks["journal"][1]
+
+
+@pytest.mark.slow
+def test_ledger_that_the_app_may_write_to_is_told(checked: Checked, pg_url: str) -> None:
+    """Where a service keeps the credits: an app that keeps them itself has to write to both."""
+    from metered_billing.ledger.postgres_books import SCHEMA as LEDGER
+
+    service = "http://127.0.0.1:1"
+    assert checked(CREDITS=service, JOURNAL=pg_url)[2]["journal"][0] == "ok"
+    migrate(pg_url, LEDGER)
+    assert checked(CREDITS=pg_url, JOURNAL=pg_url)[2]["journal"][0] == "ok"
+    result, said = checked(CREDITS=service, JOURNAL=pg_url)[2]["journal"]
+    assert (result, said[:41]) == ("look", "a ledger is in the same database, and thi")
+    with psycopg.connect(pg_url, autocommit=True) as connection:
+        connection.execute("CREATE ROLE app_alone LOGIN; GRANT CREATE ON SCHEMA metered_billing TO app_alone")
+        connection.execute(
+            "GRANT USAGE ON SCHEMA metered_billing TO app_alone; GRANT SELECT ON metered_billing.versions TO app_alone"
+        )
+        role = str(psycopg.conninfo.conninfo_to_dict(pg_url)["user"])
+        poor = pg_url.replace(f"{role}@", "app_alone@").replace(f"{role}:", "app_alone:")
+        try:
+            assert checked(CREDITS=service, JOURNAL=poor)[2]["journal"][0] == "ok"
+        finally:
+            connection.execute("DROP OWNED BY app_alone; DROP ROLE app_alone")

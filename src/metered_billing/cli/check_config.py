@@ -245,7 +245,9 @@ def _journal(settings: Settings) -> Iterator[Check]:
         yield Check("settings", Result.WRONG, str(error))
         return
     if settings.journal.startswith(POSTGRES):
-        yield _tables("journal", settings.journal)
+        yield (tables := _tables("journal", settings.journal))
+        if tables.result is Result.OK and (settings.credits or "").startswith(("http://", "https://")):
+            yield from _ledger_beside(settings.journal)
         return
     directory = Path(unquote(settings.journal.removeprefix(SQLITE)))
     if not directory.exists():
@@ -259,6 +261,20 @@ def _journal(settings: Settings) -> Iterator[Check]:
         with _failures() as found, open_reader(settings.journal) as reader:
             found += [Check("journal", Result.LOOK, f"{name}: {why}") for name, why in reader.unusable.items()]
         yield from found
+
+
+def _ledger_beside(url: str) -> Iterator[Check]:
+    """What the app's role may do to a service's ledger, which the schema is shared with by mistake."""
+    from metered_billing.postgres import DatabaseError, may_insert
+
+    with suppress(ConnectionLost, DatabaseError):  # it was reached just now
+        if may_insert(url, "entries"):
+            yield Check(
+                "journal",
+                Result.LOOK,
+                "a ledger is in the same database, and this role may write to it: the app can give anybody credits",
+                "give the journal a database of its own",
+            )
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from starlette.responses import StreamingResponse
 
 from metered_billing import Account, MeteredBillingMiddleware, SqlCredits, metered
 from tests.deploy.nginx import Nginx, NoNginx, program
+from tests.serving import start_service
 
 pytestmark = pytest.mark.slow
 
@@ -166,6 +167,36 @@ async def test_process_that_is_not_there_costs_nobody_a_request(front: Front, ng
                 answers = [await customer.post("/work") for _ in range(4)]
     assert [answer.status_code for answer in answers] == [200] * 4
     assert await front.moves() == [("deduction", -10)] * 4
+
+
+async def test_credits_service_that_is_killed_behind_nginx_is_noticed_by_nobody(
+    nginx: Callable[..., Nginx], pg_url: str, tmp_path: Path
+) -> None:
+    """What it had not answered goes to the other one, and is done once: each call has its key."""
+    headers = {"Authorization": "Bearer admins"}
+    body = {"tenant_id": "acme", "amount": 1}
+    answers: list[httpx.Response] = []
+
+    async def deduct(client: httpx.AsyncClient, worker: int) -> None:
+        for number in range(60):
+            named = {"Idempotency-Key": f"charge-{worker}-{number}"}
+            answers.append(await client.post("/v1/deductions", json=body, headers=named))
+
+    with start_service(tmp_path, pg_url) as (process, doomed), start_service(tmp_path, pg_url) as (_, other):
+        ports = [httpx.URL(url).port or 0 for url in (doomed, other)]
+        front = nginx(ports, proxy_next_upstream="error timeout non_idempotent")
+        async with client(front, headers=headers, timeout=30, verify=False) as through:
+            grant = {"tenant_id": "acme", "amount": 1000, "reason": "test"}
+            assert (await through.post("/v1/grants", json=grant, headers={"Idempotency-Key": "g"})).is_success
+            workers = [asyncio.create_task(deduct(through, worker)) for worker in range(8)]
+            while len(answers) < 100:
+                await asyncio.sleep(0.001)
+            process.kill()
+            await asyncio.gather(*workers)
+            assert {answer.status_code for answer in answers} <= {200, 201}
+            balance = (await through.get("/v1/balance?tenant_id=acme")).json()["balance"]
+    assert len(answers) == 480
+    assert balance == 1000 - 480
 
 
 @pytest.mark.parametrize(("ignored", "paid"), [("off", 0), ("on", 10)], ids=["ours", "ignored"])

@@ -15,11 +15,13 @@ class StalledWay:
     What is open stays open, in both directions. One that the server closes is closed.
 
     Attributes:
+        deaf: Once it is set, nothing that comes from the server is read any more.
         url: The database's, this way, without TLS.
         sent: All that went to the server.
     """
 
     def __init__(self, url: str, limit: int | None = None) -> None:
+        self.deaf, self._closed = threading.Event(), threading.Event()
         parts = urlsplit(url)
         self._server = (str(parts.hostname), int(parts.port or 5432))
         self._limit = limit
@@ -37,6 +39,7 @@ class StalledWay:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Close all of it: whoever still waits hears of it."""
+        self._closed.set()
         for each in self._open:
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
@@ -59,6 +62,8 @@ class StalledWay:
     def _forward(self, source: socket.socket, to: socket.socket, counted: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
+                if not counted and self.deaf.is_set():
+                    self._closed.wait()
                 if counted:
                     data = data[: None if self._limit is None else max(0, self._limit - len(self.sent))]
                     self.sent += data

@@ -9,8 +9,11 @@ from collections.abc import Callable, Coroutine, Iterator
 import psycopg
 import pytest
 
+from metered_billing.commits import StorageError
 from metered_billing.journal.postgres import PostgresJournal
 from metered_billing.ledger import Ledger
+from metered_billing.postgres import Connection, PostgresDatabase
+from metered_billing.runtime import Runtime
 from tests.journal.engines import charge
 from tests.ledger.asking import deduct
 
@@ -102,4 +105,32 @@ def test_wherever_it_is_stopped_it_holds_nobody_up(
         held = in_transactions(pg_url)
     for thread in threads:
         thread.join()
+    assert held == []
+
+
+async def test_who_is_stopped_while_a_long_answer_comes_holds_nobody_up(pg_url: str) -> None:
+    """The server can write no more, and looks at none of its other limits meanwhile."""
+    with StalledWay(pg_url) as way:
+        database = PostgresDatabase(way.url, Runtime())
+        await database.run(
+            lambda connection: connection.execute(
+                "CREATE SCHEMA metered_billing; CREATE TABLE metered_billing.notes (n int)"
+            )
+        )
+
+        def ask(connection: Connection) -> None:
+            connection.execute("LOCK TABLE notes")
+            way.deaf.set()
+            connection.execute("SELECT repeat('x', 50000000)")
+
+        asking = database.run(ask)
+        while not way.deaf.is_set():
+            await asyncio.sleep(0.01)
+        deadline = time.monotonic() + LET_GO_WITHIN_S
+        while (held := in_transactions(pg_url)) and time.monotonic() < deadline:
+            await asyncio.sleep(0.2)
+    with contextlib.suppress(StorageError):
+        await asking
+    await database.close()
+    database.shutdown()
     assert held == []

@@ -69,9 +69,17 @@ _BEGIN: Final = (
     " SET LOCAL idle_in_transaction_session_timeout = '4s';"
     " SET LOCAL lock_timeout = '5s';"  # longer: whoever holds it and is stopped has been ended by then
     " SET LOCAL statement_timeout = '8s';"
+    # What text says is not to hang on how somebody has set up the database.
+    " SET LOCAL array_nulls = on; SET LOCAL extra_float_digits = 1;"
     " SET LOCAL synchronous_commit = {};"
-    " SET LOCAL search_path = {}"
+    " SET LOCAL search_path = {};"
 )
+
+_UNREAD: Final = " SET LOCAL tcp_user_timeout = '8s';"
+"""On Linux: whoever is stopped while a long answer comes is gone then, which the server would not notice otherwise."""
+
+_ENCODING: Final = {"client_encoding": "utf8"}
+"""Whatever else the environment, the role or the database asks for: statements are made of what is written in it."""
 
 
 class BeginAgain(StorageError):
@@ -118,6 +126,7 @@ class PostgresDatabase(GroupCommit[Connection]):
         self._runtime = runtime
         self._schema = schema
         self._connection: Connection | None = None
+        self._unread = ""
         self._busy_since: float | None = None
         self._used_at = 0.0
         self._stop_watching: Callable[[], object] | None = None
@@ -176,14 +185,15 @@ class PostgresDatabase(GroupCommit[Connection]):
             self._disconnect()
         if self._connection is not None:
             try:
-                self._connection.execute(begin)
+                self._connection.execute((begin + self._unread).encode())
                 return self._connection
             except psycopg.Error:
                 # The server was restarted since: nothing has begun, so a new connection is as good.
                 self._disconnect()
         try:
             connection = self._connect()
-            connection.execute(begin)
+            self._unread = _UNREAD if "linux" in str(connection.execute("SELECT version()").fetchone()) else ""
+            connection.execute((begin + self._unread).encode())
         except psycopg.Error as error:
             self._disconnect()
             raise ConnectionLost(f"{self.place} cannot be reached: {first_line(error)}") from error
@@ -333,7 +343,7 @@ def _parameters(url: str) -> dict[str, Any]:
         raise ValueError("this PostgreSQL URL has a user or password with characters that must be percent-encoded")
     # A host that is gone without a word is noticed within half a minute.
     patience = {"connect_timeout": CONNECT_WITHIN_S, "keepalives_idle": 10, "keepalives_interval": 5}
-    return patience | {"keepalives_count": 3, "tcp_user_timeout": int(STUCK_AFTER_S * 1000)} | given
+    return patience | {"keepalives_count": 3, "tcp_user_timeout": int(STUCK_AFTER_S * 1000)} | given | _ENCODING
 
 
 def first_line(error: psycopg.Error) -> str:

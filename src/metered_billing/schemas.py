@@ -88,6 +88,9 @@ def prepare_postgres(connection: "Connection", schema: Schema, *, migrate: bool 
     Raises:
         SchemaMismatch: They are of another version, or this role may not use them; the text says what to do.
     """
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding not in (None, "UTF8"):
+        raise SchemaMismatch(f"the database is encoded in {encoding}, which cannot hold every text: make one in UTF8")
     # The first of several processes makes them, while the others wait.
     connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
     # Only where they are missing: afterwards the role needs no right to create anything.

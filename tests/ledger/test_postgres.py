@@ -7,10 +7,12 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Coroutine
 from threading import Thread
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import psycopg
 import pytest
 
+from metered_billing.journal.postgres import PostgresJournal
 from metered_billing.ledger import (
     Answer,
     Command,
@@ -30,6 +32,7 @@ from metered_billing.postgres import PostgresDatabase, migrate
 from metered_billing.runtime import Runtime
 from metered_billing.schemas import Schema
 from tests.docs.pages import EXAMPLES
+from tests.journal.engines import charge
 
 from .asking import deduct, deducted, grant, granted, refund, void
 
@@ -496,3 +499,33 @@ def test_runtime_is_the_ledgers_clock(pg_clean: str) -> None:
 
     body = asyncio.run(run()).body
     assert (body["created_at"], body["transaction_id"]) == ("1970-01-01T00:00:00.000Z", "an-id")
+
+
+@pytest.mark.slow
+async def test_text_is_kept_whatever_encoding_the_connection_is_asked_for(pg_clean: str) -> None:
+    """A group's statements are made of UTF-8."""
+    url = f"{pg_clean}{'&' if '?' in pg_clean else '?'}client_encoding=LATIN1"
+    ledger, journal = Ledger(url), PostgresJournal(url)
+    assert (await ledger.decide(grant(10, reason="é 表 \\ '"))).done
+    await ledger.close()
+    await journal.start("")
+    await asyncio.gather(*(journal.open(charge(journal, f"c{n}", request_id="é 表 \\ '")) for n in range(3)))
+    await journal.close()
+    assert sql(pg_clean, "SELECT reason FROM entries") == [("é 表 \\ '",)]
+    assert sql(pg_clean, "SELECT request_id FROM charges") == [("é 表 \\ '",)] * 3
+
+
+@pytest.mark.slow
+async def test_database_that_cannot_hold_every_text_is_refused_at_the_start(pg_url: str) -> None:
+    """Else the first customer with a name that it cannot hold would find out."""
+    name = f"latin_{os.getpid()}"
+    with psycopg.connect(pg_url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0".encode())
+        parts = urlsplit(pg_url)
+        ledger = Ledger(urlunsplit(parts._replace(path=f"/{name}")))
+        try:
+            with pytest.raises(LedgerNotOpened, match="is encoded in LATIN1, which cannot hold every text"):
+                await ledger.start()
+        finally:
+            await ledger.close()
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())

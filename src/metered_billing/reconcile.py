@@ -65,7 +65,8 @@ KINDS: Mapping[str, str] = {
 }
 """The kinds of differences there are."""
 
-_MOVES_NOTHING = frozenset({State.DECLINED, State.ABANDONED, State.VOIDED})
+MOVES_NOTHING = frozenset({State.DECLINED, State.ABANDONED, State.VOIDED})
+"""The final states in which nothing was taken, or all of it was undone."""
 
 
 def entry_of(item: Mapping[str, Any]) -> Entry:
@@ -110,7 +111,7 @@ def _differing(record: Record, entries: list[Entry]) -> Iterator[tuple[str, str]
     back = sum(entry.amount for entry in returned)
     if len(deductions) > 1:
         yield "deducted twice", f"the service has deductions {', '.join(entry.id for entry in deductions)}"
-    if record.state in _MOVES_NOTHING:
+    if record.state in MOVES_NOTHING:
         if net_of(entries):
             taken = -sum(entry.amount for entry in deductions)
             yield "not undone", f"the journal has {record.state}; the service took {taken:,} and gave {back:,} back"

@@ -1,6 +1,7 @@
 """A ledger that was restored from a backup knows less than the apps' journals: what comes of that."""
 
 import asyncio
+import importlib
 import json
 import time
 from pathlib import Path
@@ -9,7 +10,10 @@ from typing import Any
 import pytest
 
 from metered_billing import SqlCredits
-from metered_billing.charge import Deducted, Record, Refunded, Reported, Unknown, Voided, step
+from metered_billing.charge import Deducted, Record, Refunded, Reported, Unanswered, Unknown, Voided, step
+from metered_billing.cli import repair
+from metered_billing.cli.failure import Failure
+from metered_billing.cli.repair import Repairs
 from metered_billing.ledger import Ledger
 from tests.ledger.asking import refund
 from tests.scenes import charge, keep
@@ -104,9 +108,7 @@ def test_refunds_and_voids_since_the_backup_are_named_and_can_be_repeated(run: A
 @pytest.mark.slow
 def test_who_may_only_read_repairs_nothing(run: Any, tmp_path: Path) -> None:
     """Each is still a difference, with the service's reason; with a token that may write, they are given back."""
-    run("grant", "100", "--tenant", "acme", "--user", "ann", "--reason", "test", CREDITS=LEDGER)
-    refunded, voided = asyncio.run(deducted_before_the_backup(run))
-    restore()
+    refunded, voided = lost_since_the_backup(run)
     with start_service(tmp_path, tokens=f"{TOKENS},eyes=read:tenant:acme") as (_, url):
         refused = run("reconcile", "--repair", "--json", CREDITS=url, TOKEN="eyes")
         assert refused.code == 3
@@ -137,15 +139,92 @@ def test_what_only_a_person_can_decide_is_not_repaired(run: Any) -> None:
 
 def test_refund_that_somebody_began_to_give_by_hand_is_not_repaired(run: Any) -> None:
     """The whole of it besides would be too much."""
-    run("grant", "100", "--tenant", "acme", "--user", "ann", "--reason", "test", CREDITS=LEDGER)
-    settled, _ = asyncio.run(deducted_before_the_backup(run))
-    restore()
+    settled, _ = lost_since_the_backup(run)
     asyncio.run(given_by_hand(settled))
     done = run("reconcile", "--repair", CREDITS=LEDGER)
     assert done.code == 3
     assert "not refunded: the journal has 3 refunded, the service 1" in done.out
     assert done.out.startswith("Repaired: 1 charges. 10 credits went back.")
     assert "--repair gives back" not in run("reconcile", CREDITS=LEDGER).out
+
+
+def lost_since_the_backup(run: Any) -> tuple[Record, Record]:
+    """A refund of 3 and a void of 10, which the restored ledger lacks."""
+    run("grant", "100", "--tenant", "acme", "--user", "ann", "--reason", "test", CREDITS=LEDGER)
+    records = asyncio.run(deducted_before_the_backup(run))
+    restore()
+    return records
+
+
+def test_refund_that_is_given_by_hand_meanwhile_is_not_repaired(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is looked at once more, just before it is sent."""
+    settled, _ = lost_since_the_backup(run)
+    looked: list[Any] = []
+    go_on = Repairs._entries
+
+    async def by_hand_first(repairs: Repairs, lost: Any) -> Any:
+        if not looked:
+            await given_by_hand(settled)
+        looked.append(lost)
+        return await go_on(repairs, lost)
+
+    monkeypatch.setattr(Repairs, "_entries", by_hand_first)
+    done = run("reconcile", "--repair", CREDITS=LEDGER)
+    assert done.code == 3
+    assert done.out.startswith("Repaired: 1 charges. 10 credits went back.")
+    assert "the service 1" in done.out
+
+
+def test_repair_is_told_by_what_is_there_whatever_was_heard(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that was lost is no failure where the credits are back."""
+    lost_since_the_backup(run)
+    go_on = SqlCredits.refund
+
+    async def unheard(credits: SqlCredits, record: Record) -> Any:  # noqa: A002
+        await go_on(credits, record)
+        return Unanswered("HTTP 502")
+
+    monkeypatch.setattr(SqlCredits, "refund", unheard)
+    found = json.loads(run("reconcile", "--repair", "--json", CREDITS=LEDGER).out)
+    assert (found["repaired_count"], found["repaired_credits"], found["not_repaired"]) == (2, 13, {})
+
+
+def test_repair_that_breaks_off_says_how_far_it_came(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the next one does the rest."""
+    lost_since_the_backup(run)
+    monkeypatch.setattr(repair, "AT_ONCE", 1)
+    looks: list[Any] = []
+    go_on = Repairs._entries
+
+    async def until_the_third(repairs: Repairs, lost: Any) -> Any:
+        looks.append(lost)
+        if len(looks) == 3:
+            raise Failure("No answer from the service.")
+        return await go_on(repairs, lost)
+
+    with monkeypatch.context() as breaking:
+        breaking.setattr(Repairs, "_entries", until_the_third)
+        done = run("reconcile", "--repair", CREDITS=LEDGER)
+    assert (done.code, done.out) == (1, "")
+    assert "1 of 2 looked at. Repaired: 1 charges. 3 credits went back." in done.err
+    assert (
+        "No answer from the service. Repaired: 1 charges. 3 credits went back. Say it again for the rest." in done.err
+    )
+    assert run("reconcile", "--repair", CREDITS=LEDGER).out.startswith("Repaired: 1 charges. 10 credits went back.")
+
+
+def test_what_is_repaired_need_not_be_listed(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many other differences come before it; and it keeps the reason and the items that it had."""
+    lost_since_the_backup(run)
+    monkeypatch.setattr(importlib.import_module("metered_billing.cli.reconcile"), "LISTED", 1)
+    gone = charge(Deducted("lost"), Reported(10), id="00000000-0000-7000-8000-000000000000", opened_at=time.time())
+    asyncio.run(keep(JOURNAL, [gone], realm=f"sqlite:///{Path('credits.db').absolute()}"))
+    done = run("reconcile", "--repair", CREDITS=LEDGER)
+    assert done.out.startswith("Repaired: 2 charges. 13 credits went back.")
+    assert "1 differences: " in done.out
+    entries = json.loads(run("transactions", "--tenant", "acme", "--json", CREDITS=LEDGER).out)["items"]
+    (refunded,) = [entry for entry in entries if entry["kind"] == "refund"]
+    assert (refunded["reason"], refunded["items"]) == ("3 of 10 failed", ["img-3", "img-7"])
 
 
 async def given_by_hand(settled: Record) -> None:
@@ -160,7 +239,8 @@ async def deducted_before_the_backup(run: Any) -> tuple[Record, Record]:
     """One charge that was refunded in part since, and one whose answer was lost and that was voided since."""
     credits = SqlCredits("credits.db")  # noqa: A001
     failed, unknown = charge(), charge()
-    refunding = step(await taken(credits, failed), Reported(7), now=time.time())
+    report = Reported(7, ("img-3", "img-7"), "3 of 10 failed")
+    refunding = step(await taken(credits, failed), report, now=time.time())
     await credits.deduct(unknown)
     assert (await asyncio.to_thread(run, "backup", "copy.db")).code == 0
     await credits.aclose()

@@ -17,14 +17,15 @@ from metered_billing.cli.charges import looking_into
 from metered_billing.cli.failure import Failure
 from metered_billing.cli.lookup import entries_of, entries_since
 from metered_billing.cli.options import ATTENTION, JOURNAL, AnyTenant, CreditsUrl, Journal, Since, Token, read_since
-from metered_billing.cli.repair import Repairs, is_repairable
+from metered_billing.cli.repair import Lost, Repairs, is_repairable
 from metered_billing.cli.source import Source, open_source
-from metered_billing.explain import in_words, moment, timestamp
+from metered_billing.explain import moment, timestamp
 from metered_billing.journal.reading import Seen, Wanted
 from metered_billing.reconcile import (
     MARGIN_S,
     SLACK_S,
     Difference,
+    Entry,
     Worksheet,
     compare,
     made_at,
@@ -48,7 +49,7 @@ class Report:
         known_since: Since when every deduction has to be in the journal; None: it has no charges.
         others: Deductions of other apps or journals, counted only with `--shared`.
         attention: Charges for somebody to see to, and why.
-        repairable: Those of the differences that `--repair` can do something about.
+        repairable: What `--repair` has not tried yet, and can do something about: some of it, where there is much.
         repairs: What it has done; None: it was not asked to.
     """
 
@@ -66,7 +67,7 @@ class Report:
     attention: list[tuple[Record, str]] = field(default_factory=list)
     unusable: dict[str, str] = field(default_factory=dict)
     realms: set[str] = field(default_factory=set)
-    repairable: list[tuple[Record, Difference]] = field(default_factory=list)
+    repairable: list[Lost] = field(default_factory=list)
     repairs: Repairs | None = None
 
     def differs(self, difference: Difference) -> None:
@@ -131,20 +132,26 @@ def reconcile(
 async def _reconcile(
     journal: str, url: str, token: str | None, tenant: str | None, since: float | None, *, shared: bool, repair: bool
 ) -> Report:
-    repairs = Repairs() if repair else None
+    repairs = Repairs(journal, url, token) if repair else None
     while True:
-        report = await _compare(journal, url, token, tenant, since, shared=shared)
-        report.repairs = repairs
-        if repairs is None or not (untried := repairs.untried(report.repairable)):
+        report = await _compare(journal, url, token, tenant, since, shared=shared, repairs=repairs)
+        if repairs is None or not report.repairable:
             return report
-        await repairs.make(url, token, untried)
+        await repairs.make(report.repairable)
 
 
 async def _compare(
-    journal: str, url: str, token: str | None, tenant: str | None, since: float | None, *, shared: bool
+    journal: str,
+    url: str,
+    token: str | None,
+    tenant: str | None,
+    since: float | None,
+    *,
+    shared: bool,
+    repairs: Repairs | None,
 ) -> Report:
     now = time.time()
-    report = Report(began_at=now)
+    report = Report(began_at=now, repairs=repairs)
     with Worksheet() as sheet:
         # The order is what makes it right while an app serves: see `metered_billing.reconcile`.
         with looking_into(journal) as reader:
@@ -195,8 +202,9 @@ async def _read_service(sheet: Worksheet, source: Source, report: Report, tenant
 async def _look_twice(sheet: Worksheet, source: Source, report: Report) -> None:
     """Ask the service for each transaction that differs: a clock that is far off may have hidden it."""
     for number, (record, entries) in enumerate(sheet.differing()):
+        lost = _may_be_repaired(report, record, compare(record, entries), entries)
         names = {entry.transaction_id for entry in entries} | {record.transaction_id or ""} - {""}
-        if number < LISTED:
+        if number < LISTED or lost:
             found = {entry.id: entry for entry in entries}
             for name in sorted(names):
                 found |= {entry.id: entry for entry in await entries_of(source, name)}
@@ -204,8 +212,14 @@ async def _look_twice(sheet: Worksheet, source: Source, report: Report) -> None:
         difference = compare(record, entries)
         if difference is not None:
             report.differs(difference)
-            if number < LISTED and is_repairable(difference, entries):
-                report.repairable.append((record, difference))
+            if lost and is_repairable(difference, entries):
+                report.repairable.append((record, names))
+
+
+def _may_be_repaired(report: Report, record: Record, difference: Difference | None, entries: list[Entry]) -> bool:
+    if report.repairs is not None and record.id in report.repairs.tried:
+        return False
+    return len(report.repairable) < LISTED and is_repairable(difference, entries)
 
 
 def _look_for_unknown(sheet: Worksheet, journal: str, report: Report, *, shared: bool) -> None:
@@ -268,19 +282,17 @@ def _document(report: Report) -> dict[str, Any]:
             for record, why in report.attention
         ],
         "unusable": report.unusable,
-        **({} if report.repairs is None else _repaired(report, report.repairs)),
+        **({} if report.repairs is None else _repaired(report.repairs)),
     }
 
 
-def _repaired(report: Report, repairs: Repairs) -> dict[str, Any]:
-    charges, back = repairs.done(report.differences)
-    return {"repaired_count": charges, "repaired_credits": back, "not_repaired": repairs.failed}
+def _repaired(repairs: Repairs) -> dict[str, Any]:
+    return {"repaired_count": repairs.charges, "repaired_credits": repairs.back, "not_repaired": repairs.failed}
 
 
 def _show(report: Report) -> None:
     if report.repairs is not None:
-        charges, back = report.repairs.done(report.differences)
-        terminal.say(f"Repaired: {charges:,} charges. {in_words(back)} went back.")
+        terminal.say(report.repairs.says)
         for charge_id, why in report.repairs.failed.items():
             terminal.complain(f"{charge_id} could not be repaired: {why}")
     if report.differences:

@@ -1,5 +1,6 @@
 """The desk of a running demo: real spans of real processes, real faults, a real kill, and the books after each."""
 
+import contextlib
 import threading
 import uuid
 from collections.abc import Iterator
@@ -206,7 +207,8 @@ def test_app_killed_at_work_is_settled_by_the_next_process(demo: Demo) -> None:
     asking = threading.Thread(target=ask)
     asking.start()
     whole(demo, trace_id, "metered_billing.deduct", "cut out")
-    demo.desk("kill", {"process": "app"})
+    with contextlib.suppress(httpx.TransportError):  # on a busy machine its answer may go down with the app
+        demo.desk("kill", {"process": "app"})
     asking.join()
     assert lost
     demo.says("the app process is up again", times=again)

@@ -74,15 +74,10 @@ class StalledWay:
                 to.shutdown(socket.SHUT_RDWR)
 
 
-def messages(sent: bytes) -> Iterator[tuple[int, bytes]]:
-    """The messages of one connection's frontend (PostgreSQL's documentation, "Message Formats"), from its start.
-
-    Yields:
-        Where each ends, and its kind: `b""` for the first, which has none.
-    """
-    end = int.from_bytes(sent[:4])
-    yield end, b""
+def message_ends(sent: bytes) -> Iterator[int]:
+    """Where each message of a connection's frontend ends (PostgreSQL's documentation, "Message Formats")."""
+    end = int.from_bytes(sent[:4])  # the first has no byte for its kind
+    yield end
     while end < len(sent):
-        kind = sent[end : end + 1]
         end += 1 + int.from_bytes(sent[end + 1 : end + 5])
-        yield end, kind
+        yield end

@@ -17,7 +17,7 @@ from metered_billing.runtime import Runtime
 from tests.journal.engines import charge
 from tests.ledger.asking import deduct
 
-from .stalled import StalledWay, messages
+from .stalled import StalledWay, message_ends
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("stalled")]
 
@@ -52,7 +52,7 @@ def stopping_points(sent: bytes) -> Iterator[int]:
     In the first, which looks whether the tables are there, all would wait for each other, one after the other.
     """
     before, begun = 0, 0
-    for end, _ in messages(sent):
+    for end in message_ends(sent):
         begun += b"BEGIN" in sent[before:end]
         if begun > 1:
             yield from (before + 3, (before + end) // 2, end)
